@@ -1,0 +1,1 @@
+"""Djinn's wire protocol: generated code."""
