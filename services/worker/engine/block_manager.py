@@ -1,0 +1,699 @@
+"""Which block of KV is where, who needs it there, and what may be reused.
+
+Pure bookkeeping: it hands out slots and says what to copy, and moves no byte itself. The engine
+carries its `CopyTicket`s out and reports them with `finish`.
+
+A `Block` may have a slot in the device pool, one in the host pool, or both:
+
+* *dirty*: the device has tokens that the host has not (``stored_tokens < filled_tokens``);
+* *clean*: both have all of them;
+* *host*: only the host has them.
+
+A block is *referenced* by every table it stands in and *held* by those tables that need it on the
+device. A device slot can be reused once nobody holds its block and either the host has a copy or
+nobody references it. A host slot can be reused once nobody references its block, or while the
+block is held on the device, where losing the copy only makes it dirty again.
+
+Ordering. KV is corrupted when a slot is reused or read too early, so there are seven rules. Rules
+1 and 7 are fences, events of launched steps that a copy has to wait for; rule 2 is `loaded`; rules
+3 to 6 are the four methods from `_store_reads_device` on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from services.worker.engine.streams import Event
+from services.worker.messages import PoolState, Residency
+
+
+class Direction(Enum):
+    """Which way a copy goes."""
+
+    LOAD = "host to device"
+    STORE = "device to host"
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """KV of up to `block_size_tokens` tokens.
+
+    Attributes:
+        device: Its slot in the device pool.
+        host: Its slot in the host pool.
+        filled_tokens: Tokens whose KV a launched step has written.
+        stored_tokens: Tokens whose KV the host slot holds.
+        refs: Tables it stands in.
+        holders: Tables that need it on the device.
+        content_hash: Its key in the prefix index, while it is there.
+        loads: Copies in flight from its host slot to its device slot.
+        stores: Copies in flight the other way.
+        store: The newest store that will make it clean; None if none will.
+        reclaim_rank: Its place in the order of reuse, while it is reclaimable.
+        expected_wake_ns: When the table that last let it go will need it again; None: unknown.
+    """
+
+    device: int | None = None
+    host: int | None = None
+    filled_tokens: int = 0
+    stored_tokens: int = 0
+    refs: int = 0
+    holders: int = 0
+    content_hash: bytes | None = None
+    loads: int = 0
+    stores: int = 0
+    store: CopyTicket | None = None
+    reclaim_rank: tuple[int, float, int] | None = None
+    expected_wake_ns: int | None = None
+
+    @property
+    def clean(self) -> bool:
+        """True if the host has all of it."""
+        return self.host is not None and self.stored_tokens == self.filled_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """One block of a ticket, with the slots and the tokens as they were when it was made."""
+
+    block: Block
+    device: int
+    host: int
+    tokens: int
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class CopyTicket:
+    """Blocks to copy in one go.
+
+    Attributes:
+        direction: Which way.
+        copies: What; never empty.
+        after: Events of launched steps that must be reached first (rules 1 and 7).
+    """
+
+    direction: Direction
+    copies: tuple[BlockCopy, ...]
+    after: tuple[Event, ...]
+
+
+@dataclass(eq=False, slots=True)
+class BlockTable:
+    """One session's KV: its blocks in order of position.
+
+    Attributes:
+        blocks: All but the last are full.
+        tokens: Tokens whose KV the blocks hold; a launched step counts.
+        held: True if the session needs its blocks on the device.
+        expected_wake_ns: When it will need them again, if not held; None: unknown, taken as far.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    tokens: int = 0
+    held: bool = False
+    expected_wake_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What it took to hold a table.
+
+    Attributes:
+        resident_blocks: Blocks taken back without a copy.
+        ticket: The loads to carry out; None if there are none of its own.
+    """
+
+    resident_blocks: int
+    ticket: CopyTicket | None
+
+
+def hash_blocks(
+    tokens: Sequence[int], block_size_tokens: int, salt: bytes, known: list[bytes]
+) -> None:
+    """Extends `known`, chained hashes of a context's full blocks, to all full blocks of `tokens`.
+
+    Args:
+        tokens: The context.
+        block_size_tokens: Tokens per block.
+        salt: Model revision, dtype, layout and tenant; blocks of other salts never match.
+        known: Hashes of its first blocks; mutated.
+    """
+    previous = known[-1] if known else hashlib.blake2b(salt, digest_size=16).digest()
+    for start in range(len(known) * block_size_tokens, len(tokens), block_size_tokens):
+        piece = tokens[start : start + block_size_tokens]
+        if len(piece) < block_size_tokens:
+            return
+        previous = hashlib.blake2b(previous + array("i", piece).tobytes(), digest_size=16).digest()
+        known.append(previous)
+
+
+class BlockManager:
+    """Hands out the slots of both pools.
+
+    Args:
+        device_slots: Slots in the device pool.
+        host_slots: Slots in the host pool; may be 0.
+        block_size_tokens: Tokens per block.
+    """
+
+    def __init__(self, device_slots: int, host_slots: int, block_size_tokens: int) -> None:
+        self.block_size_tokens = block_size_tokens
+        self.device_slots = device_slots
+        self.host_slots = host_slots
+        self.fence: Event | None = None
+        self._free_device = list(range(device_slots))
+        self._free_host = list(range(host_slots))
+        self._touched: dict[int, Event] = {}
+        self._reclaim: list[tuple[tuple[int, float, int], Block]] = []
+        self._reclaimable = 0
+        self._ranks = 0
+        self._index: dict[bytes, Block] = {}
+        self._spare_unreferenced: OrderedDict[Block, None] = OrderedDict()
+        self._spare_held: OrderedDict[Block, None] = OrderedDict()
+
+    # --- what there is ---------------------------------------------------------------------------
+
+    def available_device(self) -> int:
+        """Returns how many device slots can be had at once, free or by reuse."""
+        return len(self._free_device) + self._reclaimable
+
+    def free_host(self) -> int:
+        """Returns how many host slots hold nothing."""
+        return len(self._free_host)
+
+    def available_host(self) -> int:
+        """Returns how many host slots can be had without losing any session's KV."""
+        return len(self._free_host) + len(self._spare_unreferenced) + len(self._spare_held)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Returns how many blocks `tokens` tokens fill."""
+        return -(-tokens // self.block_size_tokens)
+
+    @staticmethod
+    def missing(table: BlockTable) -> int:
+        """Returns how many of the table's blocks have no device slot."""
+        return sum(block.device is None for block in table.blocks)
+
+    def room_needed(self, table: BlockTable, more_blocks: int = 0) -> int:
+        """Returns how many blocks must be available to hold a table and add `more_blocks` to it."""
+        if table.held:
+            return more_blocks
+        own = sum(block.reclaim_rank is not None for block in table.blocks)
+        return self.missing(table) + own + more_blocks
+
+    @staticmethod
+    def loaded(table: BlockTable) -> bool:
+        """Returns True if every block can be read on the device by a step launched now (rule 2)."""
+        return not any(block.loads for block in table.blocks)
+
+    @staticmethod
+    def residency(table: BlockTable, context_length: int) -> Residency:
+        """Returns where a session's KV lies.
+
+        Args:
+            table: The session's.
+            context_length: Tokens in its log.
+        """
+        return Residency(
+            total_blocks=len(table.blocks),
+            device_blocks=sum(b.device is not None and not b.loads for b in table.blocks),
+            host_blocks=sum(b.clean for b in table.blocks),
+            missing_tokens=context_length - table.tokens,
+            resident=table.held,
+        )
+
+    # --- growing and cutting a table -------------------------------------------------------------
+
+    def match(self, table: BlockTable, hashes: Sequence[bytes], most_tokens: int) -> int:
+        """Extends a table that ends at a full block by blocks of the prefix index.
+
+        Args:
+            table: Mutated; must not be held.
+            hashes: Of the context's full blocks.
+            most_tokens: The table will not hold more.
+
+        Returns:
+            Tokens found.
+        """
+        assert not table.held
+        before = table.tokens
+        if before % self.block_size_tokens:
+            return 0
+        for content_hash in hashes[len(table.blocks) : most_tokens // self.block_size_tokens]:
+            block = self._index.get(content_hash)
+            if block is None:
+                break
+            block.refs += 1
+            table.blocks.append(block)
+            table.tokens += self.block_size_tokens
+            self._settle(block)
+        return table.tokens - before
+
+    def reserve(self, table: BlockTable, tokens: int) -> bool:
+        """Gives a held table device slots for `tokens` tokens.
+
+        They have to be filled by the next step, so `advance` follows.
+
+        Returns:
+            False, with nothing changed, if there are not enough.
+        """
+        assert table.held
+        need = self.blocks_for(tokens) - len(table.blocks)
+        if need > self.available_device():
+            return False
+        for _ in range(need):
+            table.blocks.append(Block(device=self._take_device(), refs=1, holders=1))
+        return True
+
+    def advance(self, table: BlockTable, tokens: int) -> list[Block]:
+        """Counts `tokens` tokens as written by the step just launched, which `fence` is of.
+
+        Returns:
+            The blocks that it fills.
+        """
+        filled = []
+        size = self.block_size_tokens
+        for index in range(table.tokens // size, self.blocks_for(tokens)):
+            block = table.blocks[index]
+            block.filled_tokens = min(size, tokens - index * size)
+            if block.filled_tokens == size:
+                filled.append(block)
+        table.tokens = tokens
+        return filled
+
+    def publish(self, table: BlockTable, index: int, content_hash: bytes) -> None:
+        """Makes a full block, the step that wrote it done, known to other sessions.
+
+        If a block of the same content is known already, the table takes that one instead.
+        """
+        block = table.blocks[index]
+        if block.content_hash is not None:
+            return
+        twin = self._index.get(content_hash)
+        if twin is None:
+            block.content_hash = content_hash
+            self._index[content_hash] = block
+        elif table.held and twin.device is not None and not twin.loads:
+            twin.refs += 1
+            twin.holders += 1
+            self._settle(twin)
+            table.blocks[index] = twin
+            self._let_go(block, holding=True)
+
+    def truncate(self, table: BlockTable, tokens: int) -> None:
+        """Cuts a table so that it holds at most `tokens` tokens.
+
+        A full block never changes, so a cut inside one loses all of it.
+        """
+        if tokens >= table.tokens:
+            return
+        size = self.block_size_tokens
+        keep = tokens // size
+        if tokens % size and table.blocks[keep].filled_tokens < size:
+            tail = table.blocks[keep]
+            tail.filled_tokens = tokens % size
+            tail.stored_tokens = min(tail.stored_tokens, tail.filled_tokens)
+            tail.store = None
+            keep += 1
+            table.tokens = tokens
+            self._settle(tail)
+        else:
+            table.tokens = keep * size
+        self.drop(table, keep)
+
+    def drop(self, table: BlockTable, keep_blocks: int = 0) -> None:
+        """Forgets a table's blocks after its first `keep_blocks`."""
+        gone = table.blocks[keep_blocks:]
+        del table.blocks[keep_blocks:]
+        table.tokens = min(table.tokens, keep_blocks * self.block_size_tokens)
+        for block in gone:
+            self._let_go(block, holding=table.held)
+        if not table.blocks and not table.tokens:
+            table.held = False
+
+    # --- moving a table between the tiers --------------------------------------------------------
+
+    def hold(self, table: BlockTable) -> Hold | None:
+        """Holds a table's blocks on the device, taking back what is still there.
+
+        The table may be read by a step once `loaded` says so.
+
+        Returns:
+            What it took, or None, with nothing changed, if there is no room.
+        """
+        if table.held:
+            return Hold(0, None)
+        if self.available_device() < self.room_needed(table):
+            return None
+        table.held = True
+        resident = 0
+        for block in table.blocks:
+            block.holders += 1
+            if block.device is not None:
+                resident += 1
+                self._settle(block)
+        copies = []
+        for block in table.blocks:
+            if block.device is None:
+                assert block.host is not None
+                block.device = self._take_device()
+                block.loads += 1
+                copies.append(BlockCopy(block, block.device, block.host, block.stored_tokens))
+                self._settle(block)
+        if not copies:
+            return Hold(resident, None)
+        fences = self._fences(copy.device for copy in copies)
+        return Hold(resident, CopyTicket(Direction.LOAD, tuple(copies), fences))
+
+    def unhold(self, table: BlockTable) -> None:
+        """Lets a table's device blocks go: the clean ones may be reused from now on."""
+        if not table.held:
+            return
+        table.held = False
+        for block in table.blocks:
+            block.expected_wake_ns = table.expected_wake_ns
+            block.holders -= 1
+            self._release(block)
+
+    def set_wake(self, table: BlockTable, expected_wake_ns: int | None) -> None:
+        """Changes when a table is expected to be needed, and so the order of reuse."""
+        table.expected_wake_ns = expected_wake_ns
+        if table.held:
+            return
+        for block in table.blocks:
+            block.expected_wake_ns = expected_wake_ns
+            if block.reclaim_rank is not None:
+                self._unrank(block)
+                self._settle(block)
+
+    def store(
+        self, blocks: Iterable[Block], *, give_up_copies: bool, fence: Event | None = None
+    ) -> CopyTicket | None:
+        """Starts to make dirty blocks clean, as many as host slots can be had for.
+
+        Args:
+            blocks: Any; those that are clean or about to be are left alone.
+            give_up_copies: Take host slots from blocks that are held on the device too.
+            fence: Event of the step that wrote them, if it may still run (rule 1).
+
+        Returns:
+            The stores to carry out; None if there are none.
+        """
+        copies = []
+        for block in blocks:
+            if block.device is None or block.clean or block.store is not None or block.loads:
+                continue
+            if block.host is None:
+                block.host = self._take_host(give_up_copies)
+                if block.host is None:
+                    break
+                block.stored_tokens = 0
+            copies.append(BlockCopy(block, block.device, block.host, block.filled_tokens))
+            # Marked at once, so that the next slot taken is not this one.
+            block.stores += 1
+            self._settle(block)
+        if not copies:
+            return None
+        ticket = CopyTicket(
+            Direction.STORE, tuple(copies), () if fence is None or fence.query() else (fence,)
+        )
+        for copy in copies:
+            copy.block.store = ticket
+        return ticket
+
+    def finish(self, ticket: CopyTicket) -> None:
+        """Takes in that a ticket's copies are done."""
+        for copy in ticket.copies:
+            block = copy.block
+            if ticket.direction is Direction.LOAD:
+                block.loads -= 1
+            else:
+                block.stores -= 1
+                if block.store is ticket:
+                    block.store = None
+                    block.stored_tokens = copy.tokens
+            self._release(block)
+
+    def release_device(self, table: BlockTable) -> list[int]:
+        """Frees the device slots of a table's blocks that may be reused, at once.
+
+        Returns:
+            The slots, which hold the old content until their next owner writes.
+        """
+        slots = []
+        for block in table.blocks:
+            if block.reclaim_rank is not None and block.device is not None:
+                slots.append(block.device)
+                self._unrank(block)
+                self._free_device_slot(block)
+                self._settle(block)
+        return slots
+
+    def touch(self, slots: Iterable[int], fence: Event) -> None:
+        """Makes the next load into these device slots wait for `fence` (rule 7)."""
+        for slot in slots:
+            self._touched[slot] = fence
+
+    def give_up_copies(self, target_free: int) -> None:
+        """Frees host copies that cost nobody's KV until `target_free` host slots are free."""
+        while len(self._free_host) < target_free:
+            slot = self._take_host(give_up_copies=True)
+            if slot is None:
+                return
+            heapq.heappush(self._free_host, slot)
+
+    # --- the order of reuse ----------------------------------------------------------------------
+
+    @staticmethod
+    def _store_reads_device(block: Block) -> bool:
+        """Rule 3: a device slot is not handed out while a store reads it."""
+        return block.stores > 0
+
+    @staticmethod
+    def _load_writes_device(block: Block) -> bool:
+        """Rule 4: a device slot is not handed out while a load still writes it."""
+        return block.loads > 0
+
+    @staticmethod
+    def _load_reads_host(block: Block) -> bool:
+        """Rule 5: a host slot is not handed out while a load reads it."""
+        return block.loads > 0
+
+    @staticmethod
+    def _store_writes_host(block: Block) -> bool:
+        """Rule 6: a host slot is not handed out while a store still writes it."""
+        return block.stores > 0
+
+    def _device_busy(self, block: Block) -> bool:
+        return self._store_reads_device(block) or self._load_writes_device(block)
+
+    def _host_busy(self, block: Block) -> bool:
+        return self._load_reads_host(block) or self._store_writes_host(block)
+
+    def _settle(self, block: Block) -> None:
+        """Brings a block's place among what may be reused in line with its state."""
+        if block.refs == 0 and block.content_hash is None:
+            # Nobody can ever ask for it again.
+            if block.device is not None and not self._device_busy(block):
+                self._unrank(block)
+                self._free_device_slot(block)
+            if block.host is not None and not self._host_busy(block):
+                self._spare_unreferenced.pop(block, None)
+                self._spare_held.pop(block, None)
+                self._free_host_slot(block)
+            return
+        reusable = (
+            block.device is not None
+            and block.holders == 0
+            and (block.refs == 0 or block.clean)
+            and not self._device_busy(block)
+        )
+        if reusable and block.reclaim_rank is None:
+            self._rank(block)
+        elif not reusable:
+            self._unrank(block)
+        spare = block.host is not None and not self._host_busy(block)
+        self._list(self._spare_unreferenced, block, spare and block.refs == 0)
+        self._list(self._spare_held, block, spare and block.holders > 0)
+
+    @staticmethod
+    def _list(queue: OrderedDict[Block, None], block: Block, wanted: bool) -> None:
+        if wanted:
+            queue.setdefault(block)
+        else:
+            queue.pop(block, None)
+
+    def _rank(self, block: Block) -> None:
+        """Ranks by: unreferenced first, then furthest expected wake, then longest unheld."""
+        self._ranks += 1
+        far = math.inf if block.expected_wake_ns is None else float(block.expected_wake_ns)
+        block.reclaim_rank = (0 if block.refs == 0 else 1, -far, self._ranks)
+        heapq.heappush(self._reclaim, (block.reclaim_rank, block))
+        self._reclaimable += 1
+
+    def _unrank(self, block: Block) -> None:
+        if block.reclaim_rank is not None:
+            block.reclaim_rank = None
+            self._reclaimable -= 1
+
+    def _release(self, block: Block) -> None:
+        """Settles a block that lost a holder, a reference or a copy in flight."""
+        if block.device is not None and block.holders == 0 and self.fence is not None:
+            self._touched[block.device] = self.fence
+        self._settle(block)
+
+    def _let_go(self, block: Block, *, holding: bool) -> None:
+        block.refs -= 1
+        if holding:
+            block.holders -= 1
+        if block.refs == 0 and block.reclaim_rank is not None:
+            self._unrank(block)
+        self._release(block)
+
+    def _take_device(self) -> int:
+        """Returns a device slot; the caller has checked that there is one."""
+        if self._free_device:
+            return heapq.heappop(self._free_device)
+        while True:
+            rank, block = heapq.heappop(self._reclaim)
+            if block.reclaim_rank != rank:
+                continue
+            self._unrank(block)
+            slot = block.device
+            assert slot is not None
+            block.device = None
+            if block.host is not None and not block.clean:
+                # Nobody references it, and half a copy is worth nothing.
+                self._free_host_slot(block)
+            self._forget_if_nowhere(block)
+            self._settle(block)
+            return slot
+
+    def _take_host(self, give_up_copies: bool) -> int | None:
+        if self._free_host:
+            return heapq.heappop(self._free_host)
+        queue = self._spare_unreferenced
+        if not queue and give_up_copies:
+            queue = self._spare_held
+        if not queue:
+            return None
+        block, _ = queue.popitem(last=False)
+        slot = block.host
+        block.host = None
+        block.stored_tokens = 0
+        self._forget_if_nowhere(block)
+        self._settle(block)
+        return slot
+
+    def _forget_if_nowhere(self, block: Block) -> None:
+        if (
+            block.refs == 0
+            and block.device is None
+            and block.host is None
+            and block.content_hash is not None
+        ):
+            del self._index[block.content_hash]
+            block.content_hash = None
+
+    def _free_device_slot(self, block: Block) -> None:
+        assert block.device is not None
+        heapq.heappush(self._free_device, block.device)
+        block.device = None
+
+    def _free_host_slot(self, block: Block) -> None:
+        assert block.host is not None
+        heapq.heappush(self._free_host, block.host)
+        block.host = None
+        block.stored_tokens = 0
+
+    def _fences(self, slots: Iterable[int]) -> tuple[Event, ...]:
+        """Returns the events that the next writer of these device slots must wait for (rule 7)."""
+        fences: dict[int, Event] = {}
+        for slot in slots:
+            event = self._touched.pop(slot, None)
+            if event is not None and not event.query():
+                fences[id(event)] = event
+        return tuple(fences.values())
+
+    # --- invariants ------------------------------------------------------------------------------
+
+    def pool_states(self, tables: Iterable[BlockTable]) -> tuple[PoolState, PoolState]:
+        """Returns the device and the host pool's slots by use.
+
+        Args:
+            tables: Every table there is.
+        """
+        blocks = self._all_blocks(tables)
+        device = [b for b in blocks if b.device is not None]
+        host = [b for b in blocks if b.host is not None]
+        device_moving = sum(b.holders == 0 and bool(b.loads or b.stores) for b in device)
+        host_moving = sum(bool(b.loads or b.stores) for b in host)
+        spare = len(self._spare_unreferenced) + len(self._spare_held)
+        return (
+            PoolState(
+                total=self.device_slots,
+                free=len(self._free_device),
+                used=len(device) - self._reclaimable - device_moving,
+                reclaimable=self._reclaimable,
+                in_flight=device_moving,
+            ),
+            PoolState(
+                total=self.host_slots,
+                free=len(self._free_host),
+                used=len(host) - spare - host_moving,
+                reclaimable=spare,
+                in_flight=host_moving,
+            ),
+        )
+
+    def _all_blocks(self, tables: Iterable[BlockTable]) -> set[Block]:
+        blocks = set(self._index.values())
+        for table in tables:
+            blocks.update(table.blocks)
+        return blocks
+
+    def check_integrity(
+        self, tables: Sequence[BlockTable], in_flight: Iterable[CopyTicket] = ()
+    ) -> None:
+        """Raises `AssertionError` if the bookkeeping contradicts itself.
+
+        Args:
+            tables: Every table there is.
+            in_flight: Every ticket given out and not finished.
+        """
+        blocks = self._all_blocks(tables)
+        loads: dict[Block, int] = {}
+        stores: dict[Block, int] = {}
+        for ticket in in_flight:
+            counts = loads if ticket.direction is Direction.LOAD else stores
+            for copy in ticket.copies:
+                counts[copy.block] = counts.get(copy.block, 0) + 1
+                blocks.add(copy.block)
+        for name, owned, free, total in (
+            ("device", [b.device for b in blocks], self._free_device, self.device_slots),
+            ("host", [b.host for b in blocks], self._free_host, self.host_slots),
+        ):
+            slots = [slot for slot in owned if slot is not None] + free
+            assert sorted(slots) == list(range(total)), f"{name} slots lost or shared: {slots}"
+        refs = Counter(block for table in tables for block in table.blocks)
+        holders = Counter(block for table in tables if table.held for block in table.blocks)
+        for block in blocks:
+            assert (block.refs, block.holders) == (refs[block], holders[block]), block
+            assert block.loads == loads.get(block, 0), block
+            assert block.stores == stores.get(block, 0), block
+            assert not block.holders or block.device is not None, block
+            assert not block.refs or block.device is not None or block.clean, block
+            assert block.stored_tokens <= block.filled_tokens, block
+        assert self._reclaimable == sum(b.reclaim_rank is not None for b in blocks)
+        for table in tables:
+            size = self.block_size_tokens
+            filled = sum(block.filled_tokens for block in table.blocks)
+            assert filled == table.tokens, (filled, table.tokens)
+            assert all(b.filled_tokens == size for b in table.blocks[: table.tokens // size])
