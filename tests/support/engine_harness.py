@@ -123,6 +123,7 @@ class EngineHarness:
         max_context: int | None = None,
         write_through: bool = True,
         low_watermark: float = 0.0,
+        ahead_bytes: int = 64 << 20,
         make_stream: Callable[[str, Wakeup], Stream] = CpuStream,
     ) -> None:
         self.wakeup = Wakeup()
@@ -135,7 +136,7 @@ class EngineHarness:
         self.blocks = BlockManager(device_blocks, host_blocks, BLOCK)
         self.mover = KvMover(
             self.blocks,
-            Transfers(self.streams["load"], self.streams["store"]),
+            Transfers(self.streams["load"], self.streams["store"], ahead_bytes),
             self.cache.bytes,
             self.host,
             layout.block_bytes,

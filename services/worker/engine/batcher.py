@@ -106,7 +106,7 @@ class Batcher:
                 barred = True
                 continue
             promised = need
-            if session.loading or len(self.running) >= self._max_running:
+            if len(self.running) >= self._max_running or not self._blocks.loaded(session.kv):
                 continue
             self.waiting.remove(session)
             self.running.append(session)

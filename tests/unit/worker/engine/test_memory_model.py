@@ -1,0 +1,181 @@
+"""Random sequences of all that can happen to sessions, in random interleavings of the streams.
+
+Beside the engine runs a model of it that knows one thing: what each session's tokens are. Whatever
+is evicted, restored, dropped or cancelled on the way, every generation must be the continuation of
+those tokens, and after each action the bookkeeping must add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from services.worker.messages import (
+    Abort,
+    Action,
+    Close,
+    Drop,
+    Evict,
+    EvictMode,
+    Prefetch,
+    Restore,
+    SetHint,
+    StopAt,
+)
+from tests.support.engine_harness import BLOCK, VOCAB, EngineHarness, continuation
+from tests.support.manual_stream import ManualStream
+
+NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f"])
+TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3 * BLOCK)
+ACTIONS: st.SearchStrategy[Action] = st.one_of(
+    st.builds(Evict, mode=st.sampled_from(EvictMode), expected_wake_ns=st.integers(0, 9)),
+    st.builds(SetHint, expected_wake_ns=st.integers(0, 9)),
+    st.sampled_from([Restore(), Restore(), Prefetch(), Drop(), Close()]),
+)
+STREAMS = st.sampled_from(["compute", "load", "store"])
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Six agents on pools that hold about three of them."""
+
+    @initialize(
+        host_blocks=st.sampled_from([0, 6, 10, 40]),
+        write_through=st.booleans(),
+        ahead_bytes=st.sampled_from([1, 1 << 20]),
+        low_watermark=st.sampled_from([0.0, 0.2]),
+    )
+    def start(
+        self, host_blocks: int, write_through: bool, ahead_bytes: int, low_watermark: float
+    ) -> None:
+        self.harness = EngineHarness(
+            device_blocks=10,
+            host_blocks=host_blocks,
+            write_through=write_through,
+            ahead_bytes=ahead_bytes,
+            low_watermark=low_watermark,
+            max_running=3,
+            max_step_tokens=6,
+            make_stream=ManualStream,
+        )
+        self.running: dict[str, tuple[str, list[int]]] = {}
+        self.commands: list[str] = []
+
+    # --- what can happen -------------------------------------------------------------------------
+
+    @rule(name=NAMES, append=TOKENS, count=st.integers(1, 6))
+    def generate(self, name: str, append: list[int], count: int) -> None:
+        self._submit(name, self._log(name), append, count, full_context=None)
+
+    @rule(name=NAMES, keep=st.integers(0, 40), append=TOKENS, count=st.integers(1, 6))
+    def generate_from_a_cut_context(
+        self, name: str, keep: int, append: list[int], count: int
+    ) -> None:
+        context = self._log(name)[:keep]
+        self._submit(name, context, append, count, full_context=context)
+
+    @rule(name=NAMES)
+    def cancel(self, name: str) -> None:
+        if name in self.running:
+            self.harness.engine.handle(Abort(self.running[name][0]))
+
+    @rule(name=NAMES, kept=st.integers(0, 3))
+    def stop(self, name: str, kept: int) -> None:
+        if name in self.running:
+            request_id, context = self.running[name]
+            self.harness.engine.handle(StopAt(request_id, len(context) + kept))
+
+    @rule(name=NAMES, action=ACTIONS)
+    def command(self, name: str, action: Action) -> None:
+        self.commands.append(self.harness.command(name, action))
+
+    @rule()
+    def turn(self) -> None:
+        self.harness.turn()
+
+    @rule(name=STREAMS, pieces=st.integers(1, 3))
+    def run_a_stream(self, name: str, pieces: int) -> None:
+        self._stream(name).run(pieces)
+
+    @precondition(lambda self: len(self.running) > 1)
+    @rule()
+    def come_to_rest(self) -> None:
+        for _ in range(400):
+            self.harness.turn()
+            if self.harness.engine.idle:
+                return
+            for name in ("store", "load", "compute"):
+                self._stream(name).run()
+        raise AssertionError("the engine never comes to rest")
+
+    # --- what must be true -----------------------------------------------------------------------
+
+    @invariant()
+    def every_generation_is_its_context_continued(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        for name, (request_id, context) in list(self.running.items()):
+            found = self.harness.generation(request_id)
+            assert found.tokens is not None
+            assert found.tokens == continuation(context, len(found.tokens))
+            if found.rejected is not None:
+                assert found.rejected.error.code in ("CANCELLED", "OUT_OF_RANGE")
+            if found.finished is not None or found.rejected is not None:
+                del self.running[name]
+
+    @invariant()
+    def every_slot_is_accounted_for(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        self.harness.engine.check_integrity()
+        tables = [session.kv for session in self.harness.engine.sessions.values()]
+        for pool in self.harness.blocks.pool_states(tables):
+            assert pool.free + pool.used + pool.reclaimable + pool.in_flight == pool.total
+            assert min(pool.free, pool.used, pool.reclaimable, pool.in_flight) >= 0
+
+    def teardown(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        try:
+            self.come_to_rest()
+            self.every_generation_is_its_context_continued()
+            assert not self.running
+            assert all(self.harness.done(command) is not None for command in self.commands)
+        finally:
+            self.harness.close()
+
+    # --- helpers ---------------------------------------------------------------------------------
+
+    def _submit(
+        self,
+        name: str,
+        context: Sequence[int],
+        append: list[int],
+        count: int,
+        full_context: Sequence[int] | None,
+    ) -> None:
+        if name in self.running:
+            return
+        log = [*context, *append]
+        request_id = self.harness.submit(name, append, max_tokens=count, full_context=full_context)
+        self.running[name] = (request_id, log)
+
+    def _log(self, name: str) -> list[int]:
+        session = self.harness.engine.sessions.get(name)
+        return [] if session is None else list(session.tokens)
+
+    def _stream(self, name: str) -> ManualStream:
+        stream = self.harness.streams[name]
+        assert isinstance(stream, ManualStream)
+        return stream
+
+
+TestMemory = MemoryMachine.TestCase
+TestMemory.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
