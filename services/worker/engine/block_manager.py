@@ -175,6 +175,8 @@ class BlockManager:
         self._reclaimable = 0
         self._ranks = 0
         self._index: dict[bytes, Block] = {}
+        # In no table and not in the index, but still part of a copy.
+        self._orphans: set[Block] = set()
         self._spare_unreferenced: OrderedDict[Block, None] = OrderedDict()
         self._spare_held: OrderedDict[Block, None] = OrderedDict()
 
@@ -464,7 +466,7 @@ class BlockManager:
     def give_up_copies(self, target_free: int) -> None:
         """Frees host copies that cost nobody's KV until `target_free` host slots are free."""
         while len(self._free_host) < target_free:
-            slot = self._take_host(give_up_copies=True)
+            slot = self._take_spare_host(give_up_copies=True)
             if slot is None:
                 return
             heapq.heappush(self._free_host, slot)
@@ -508,6 +510,10 @@ class BlockManager:
                 self._spare_unreferenced.pop(block, None)
                 self._spare_held.pop(block, None)
                 self._free_host_slot(block)
+            if block.device is None and block.host is None:
+                self._orphans.discard(block)
+            else:
+                self._orphans.add(block)
             return
         reusable = (
             block.device is not None
@@ -579,6 +585,9 @@ class BlockManager:
     def _take_host(self, give_up_copies: bool) -> int | None:
         if self._free_host:
             return heapq.heappop(self._free_host)
+        return self._take_spare_host(give_up_copies)
+
+    def _take_spare_host(self, give_up_copies: bool) -> int | None:
         queue = self._spare_unreferenced
         if not queue and give_up_copies:
             queue = self._spare_held
@@ -654,7 +663,7 @@ class BlockManager:
         )
 
     def _all_blocks(self, tables: Iterable[BlockTable]) -> set[Block]:
-        blocks = set(self._index.values())
+        blocks = self._orphans.union(self._index.values())
         for table in tables:
             blocks.update(table.blocks)
         return blocks
