@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.worker.engine.block_manager import Block
+from services.worker.engine.block import Block
 from services.worker.engine.kv_mover import KvMover
 from services.worker.engine.sequence import Request, Session
 from services.worker.engine.step import SequenceSlice, StepPlan
@@ -97,14 +97,17 @@ class Batcher:
         promised = sum(self._lacking(session) for session in self.running)
         barred = False
         for session in list(self.waiting):
-            if not session.kv.held:
-                if barred:
-                    continue
-                self._match_prefix(session)
+            if barred and not session.kv.held:
+                continue
+            own_blocks = len(session.kv.blocks)
+            matched_tokens = self._match_prefix(session)
             need = promised + self._lacking(session)
             if not self._hold(session, need):
+                # Blocks in a table that is not held cannot be reused: give the found ones back.
+                self._blocks.drop(session.kv, own_blocks)
                 barred = True
                 continue
+            session.count_prefix_hit(matched_tokens)
             promised = need
             if len(self.running) >= self._max_running or not self._blocks.loaded(session.kv):
                 continue
@@ -206,9 +209,11 @@ class Batcher:
         """Returns how many new blocks the session's log, and one token more, will take."""
         return self._blocks.blocks_for(len(session.tokens) + 1) - len(session.kv.blocks)
 
-    def _match_prefix(self, session: Session) -> None:
+    def _match_prefix(self, session: Session) -> int:
+        if session.kv.held:
+            return 0
         hashes = session.block_hashes(self._blocks.block_size_tokens)
-        session.count_prefix_hit(self._blocks.match(session.kv, hashes, len(session.tokens) - 1))
+        return self._blocks.match(session.kv, hashes, len(session.tokens) - 1)
 
     def _reserve(self, session: Session, count: int, scheduled: list[Session]) -> bool:
         """Gets slots for `count` more tokens, preempting others if there are none left."""

@@ -3,17 +3,6 @@
 Pure bookkeeping: it hands out slots and says what to copy, and moves no byte itself. The engine
 carries its `CopyTicket`s out and reports them with `finish`.
 
-A `Block` may have a slot in the device pool, one in the host pool, or both:
-
-* *dirty*: the device has tokens that the host has not (``stored_tokens < filled_tokens``);
-* *clean*: both have all of them;
-* *host*: only the host has them.
-
-A block is *referenced* by every table it stands in and *held* by those tables that need it on the
-device. A device slot can be reused once nobody holds its block and either the host has a copy or
-nobody references it. A host slot can be reused once nobody references its block, or while the
-block is held on the device, where losing the copy only makes it dirty again.
-
 Ordering. KV is corrupted when a slot is reused or read too early, so there are seven rules. Rules
 1 and 7 are fences, events of launched steps that a copy has to wait for; rule 2 is `loaded`; rules
 3 to 6 are the four methods from `_store_reads_device` on.
@@ -21,137 +10,21 @@ Ordering. KV is corrupted when a slot is reused or read too early, so there are 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import math
-from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
+from services.worker.engine.block import (
+    Block,
+    BlockCopy,
+    BlockTable,
+    CopyTicket,
+    Direction,
+    Hold,
+)
+from services.worker.engine.slots import DeviceSlots, HostSlots
 from services.worker.engine.streams import Event
 from services.worker.messages import PoolState, Residency
-
-
-class Direction(Enum):
-    """Which way a copy goes."""
-
-    LOAD = "host to device"
-    STORE = "device to host"
-
-
-@dataclass(eq=False, slots=True)
-class Block:
-    """KV of up to `block_size_tokens` tokens.
-
-    Attributes:
-        device: Its slot in the device pool.
-        host: Its slot in the host pool.
-        filled_tokens: Tokens whose KV a launched step has written.
-        stored_tokens: Tokens whose KV the host slot holds.
-        refs: Tables it stands in.
-        holders: Tables that need it on the device.
-        content_hash: Its key in the prefix index, while it is there.
-        loads: Copies in flight from its host slot to its device slot.
-        stores: Copies in flight the other way.
-        store: The newest store that will make it clean; None if none will.
-        reclaim_rank: Its place in the order of reuse, while it is reclaimable.
-        expected_wake_ns: When the table that last let it go will need it again; None: unknown.
-    """
-
-    device: int | None = None
-    host: int | None = None
-    filled_tokens: int = 0
-    stored_tokens: int = 0
-    refs: int = 0
-    holders: int = 0
-    content_hash: bytes | None = None
-    loads: int = 0
-    stores: int = 0
-    store: CopyTicket | None = None
-    reclaim_rank: tuple[int, float, int] | None = None
-    expected_wake_ns: int | None = None
-
-    @property
-    def clean(self) -> bool:
-        """True if the host has all of it."""
-        return self.host is not None and self.stored_tokens == self.filled_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """One block of a ticket, with the slots and the tokens as they were when it was made."""
-
-    block: Block
-    device: int
-    host: int
-    tokens: int
-
-
-@dataclass(eq=False, frozen=True, slots=True)
-class CopyTicket:
-    """Blocks to copy in one go.
-
-    Attributes:
-        direction: Which way.
-        copies: What; never empty.
-        after: Events of launched steps that must be reached first (rules 1 and 7).
-    """
-
-    direction: Direction
-    copies: tuple[BlockCopy, ...]
-    after: tuple[Event, ...]
-
-
-@dataclass(eq=False, slots=True)
-class BlockTable:
-    """One session's KV: its blocks in order of position.
-
-    Attributes:
-        blocks: All but the last are full.
-        tokens: Tokens whose KV the blocks hold; a launched step counts.
-        held: True if the session needs its blocks on the device.
-        expected_wake_ns: When it will need them again, if not held; None: unknown, taken as far.
-    """
-
-    blocks: list[Block] = field(default_factory=list)
-    tokens: int = 0
-    held: bool = False
-    expected_wake_ns: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """What it took to hold a table.
-
-    Attributes:
-        resident_blocks: Blocks taken back without a copy.
-        ticket: The loads to carry out; None if there are none of its own.
-    """
-
-    resident_blocks: int
-    ticket: CopyTicket | None
-
-
-def hash_blocks(
-    tokens: Sequence[int], block_size_tokens: int, salt: bytes, known: list[bytes]
-) -> None:
-    """Extends `known`, chained hashes of a context's full blocks, to all full blocks of `tokens`.
-
-    Args:
-        tokens: The context.
-        block_size_tokens: Tokens per block.
-        salt: Model revision, dtype, layout and tenant; blocks of other salts never match.
-        known: Hashes of its first blocks; mutated.
-    """
-    previous = known[-1] if known else hashlib.blake2b(salt, digest_size=16).digest()
-    for start in range(len(known) * block_size_tokens, len(tokens), block_size_tokens):
-        piece = tokens[start : start + block_size_tokens]
-        if len(piece) < block_size_tokens:
-            return
-        previous = hashlib.blake2b(previous + array("i", piece).tobytes(), digest_size=16).digest()
-        known.append(previous)
 
 
 class BlockManager:
@@ -165,34 +38,36 @@ class BlockManager:
 
     def __init__(self, device_slots: int, host_slots: int, block_size_tokens: int) -> None:
         self.block_size_tokens = block_size_tokens
-        self.device_slots = device_slots
-        self.host_slots = host_slots
         self.fence: Event | None = None
-        self._free_device = list(range(device_slots))
-        self._free_host = list(range(host_slots))
-        self._touched: dict[int, Event] = {}
-        self._reclaim: list[tuple[tuple[int, float, int], Block]] = []
-        self._reclaimable = 0
-        self._ranks = 0
+        self._device = DeviceSlots(device_slots)
+        self._host = HostSlots(host_slots)
         self._index: dict[bytes, Block] = {}
         # In no table and not in the index, but still part of a copy.
         self._orphans: set[Block] = set()
-        self._spare_unreferenced: OrderedDict[Block, None] = OrderedDict()
-        self._spare_held: OrderedDict[Block, None] = OrderedDict()
 
     # --- what there is ---------------------------------------------------------------------------
 
+    @property
+    def device_slots(self) -> int:
+        """Slots in the device pool."""
+        return self._device.total
+
+    @property
+    def host_slots(self) -> int:
+        """Slots in the host pool."""
+        return self._host.total
+
     def available_device(self) -> int:
         """Returns how many device slots can be had at once, free or by reuse."""
-        return len(self._free_device) + self._reclaimable
+        return len(self._device.free) + self._device.reclaimable
 
     def free_host(self) -> int:
         """Returns how many host slots hold nothing."""
-        return len(self._free_host)
+        return len(self._host.free)
 
     def available_host(self) -> int:
         """Returns how many host slots can be had without losing any session's KV."""
-        return len(self._free_host) + len(self._spare_unreferenced) + len(self._spare_held)
+        return len(self._host.free) + self._host.spare
 
     def blocks_for(self, tokens: int) -> int:
         """Returns how many blocks `tokens` tokens fill."""
@@ -371,7 +246,7 @@ class BlockManager:
                 self._settle(block)
         if not copies:
             return Hold(resident, None)
-        fences = self._fences(copy.device for copy in copies)
+        fences = self._device.fences(copy.device for copy in copies)
         return Hold(resident, CopyTicket(Direction.LOAD, tuple(copies), fences))
 
     def unhold(self, table: BlockTable) -> None:
@@ -392,7 +267,7 @@ class BlockManager:
         for block in table.blocks:
             block.expected_wake_ns = expected_wake_ns
             if block.reclaim_rank is not None:
-                self._unrank(block)
+                self._device.unrank(block)
                 self._settle(block)
 
     def store(
@@ -453,25 +328,23 @@ class BlockManager:
         for block in table.blocks:
             if block.reclaim_rank is not None and block.device is not None:
                 slots.append(block.device)
-                self._unrank(block)
-                self._free_device_slot(block)
+                self._device.give_back(block)
                 self._settle(block)
         return slots
 
     def touch(self, slots: Iterable[int], fence: Event) -> None:
         """Makes the next load into these device slots wait for `fence` (rule 7)."""
-        for slot in slots:
-            self._touched[slot] = fence
+        self._device.touch(slots, fence)
 
     def give_up_copies(self, target_free: int) -> None:
         """Frees host copies that cost nobody's KV until `target_free` host slots are free."""
-        while len(self._free_host) < target_free:
+        while len(self._host.free) < target_free:
             slot = self._take_spare_host(give_up_copies=True)
             if slot is None:
                 return
-            heapq.heappush(self._free_host, slot)
+            heapq.heappush(self._host.free, slot)
 
-    # --- the order of reuse ----------------------------------------------------------------------
+    # --- what may be reused ----------------------------------------------------------------------
 
     @staticmethod
     def _store_reads_device(block: Block) -> bool:
@@ -502,18 +375,7 @@ class BlockManager:
     def _settle(self, block: Block) -> None:
         """Brings a block's place among what may be reused in line with its state."""
         if block.refs == 0 and block.content_hash is None:
-            # Nobody can ever ask for it again.
-            if block.device is not None and not self._device_busy(block):
-                self._unrank(block)
-                self._free_device_slot(block)
-            if block.host is not None and not self._host_busy(block):
-                self._spare_unreferenced.pop(block, None)
-                self._spare_held.pop(block, None)
-                self._free_host_slot(block)
-            if block.device is None and block.host is None:
-                self._orphans.discard(block)
-            else:
-                self._orphans.add(block)
+            self._bury(block)
             return
         reusable = (
             block.device is not None
@@ -521,79 +383,62 @@ class BlockManager:
             and (block.refs == 0 or block.clean)
             and not self._device_busy(block)
         )
-        if reusable and block.reclaim_rank is None:
-            self._rank(block)
-        elif not reusable:
-            self._unrank(block)
-        spare = block.host is not None and not self._host_busy(block)
-        self._list(self._spare_unreferenced, block, spare and block.refs == 0)
-        self._list(self._spare_held, block, spare and block.holders > 0)
-
-    @staticmethod
-    def _list(queue: OrderedDict[Block, None], block: Block, wanted: bool) -> None:
-        if wanted:
-            queue.setdefault(block)
+        if reusable:
+            self._device.rank(block)
         else:
-            queue.pop(block, None)
+            self._device.unrank(block)
+        self._host.sort(block, idle=block.host is not None and not self._host_busy(block))
 
-    def _rank(self, block: Block) -> None:
-        """Ranks by: unreferenced first, then furthest expected wake, then longest unheld."""
-        self._ranks += 1
-        far = math.inf if block.expected_wake_ns is None else float(block.expected_wake_ns)
-        block.reclaim_rank = (0 if block.refs == 0 else 1, -far, self._ranks)
-        heapq.heappush(self._reclaim, (block.reclaim_rank, block))
-        self._reclaimable += 1
-
-    def _unrank(self, block: Block) -> None:
-        if block.reclaim_rank is not None:
-            block.reclaim_rank = None
-            self._reclaimable -= 1
+    def _bury(self, block: Block) -> None:
+        """Frees the slots of a block that nobody can ever ask for again, once no copy uses them."""
+        if block.device is not None and not self._device_busy(block):
+            self._device.give_back(block)
+        if block.host is not None and not self._host_busy(block):
+            self._host.sort(block, idle=False)
+            self._host.give_back(block)
+        if block.device is None and block.host is None:
+            self._orphans.discard(block)
+        else:
+            self._orphans.add(block)
 
     def _release(self, block: Block) -> None:
         """Settles a block that lost a holder, a reference or a copy in flight."""
         if block.device is not None and block.holders == 0 and self.fence is not None:
-            self._touched[block.device] = self.fence
+            self._device.touch((block.device,), self.fence)
         self._settle(block)
 
     def _let_go(self, block: Block, *, holding: bool) -> None:
         block.refs -= 1
         if holding:
             block.holders -= 1
-        if block.refs == 0 and block.reclaim_rank is not None:
-            self._unrank(block)
+        if block.refs == 0:
+            self._device.unrank(block)  # it ranks anew, as unreferenced
         self._release(block)
 
     def _take_device(self) -> int:
         """Returns a device slot; the caller has checked that there is one."""
-        if self._free_device:
-            return heapq.heappop(self._free_device)
-        while True:
-            rank, block = heapq.heappop(self._reclaim)
-            if block.reclaim_rank != rank:
-                continue
-            self._unrank(block)
-            slot = block.device
-            assert slot is not None
-            block.device = None
-            if block.host is not None and not block.clean:
-                # Nobody references it, and half a copy is worth nothing.
-                self._free_host_slot(block)
-            self._forget_if_nowhere(block)
-            self._settle(block)
-            return slot
+        if self._device.free:
+            return heapq.heappop(self._device.free)
+        block = self._device.pop_ranked()
+        slot = block.device
+        assert slot is not None
+        block.device = None
+        if block.host is not None and not block.clean:
+            # Nobody references it, and half a copy is worth nothing.
+            self._host.give_back(block)
+        self._forget_if_nowhere(block)
+        self._settle(block)
+        return slot
 
     def _take_host(self, give_up_copies: bool) -> int | None:
-        if self._free_host:
-            return heapq.heappop(self._free_host)
+        if self._host.free:
+            return heapq.heappop(self._host.free)
         return self._take_spare_host(give_up_copies)
 
     def _take_spare_host(self, give_up_copies: bool) -> int | None:
-        queue = self._spare_unreferenced
-        if not queue and give_up_copies:
-            queue = self._spare_held
-        if not queue:
+        block = self._host.pop_spare(held_too=give_up_copies)
+        if block is None:
             return None
-        block, _ = queue.popitem(last=False)
         slot = block.host
         block.host = None
         block.stored_tokens = 0
@@ -611,26 +456,6 @@ class BlockManager:
             del self._index[block.content_hash]
             block.content_hash = None
 
-    def _free_device_slot(self, block: Block) -> None:
-        assert block.device is not None
-        heapq.heappush(self._free_device, block.device)
-        block.device = None
-
-    def _free_host_slot(self, block: Block) -> None:
-        assert block.host is not None
-        heapq.heappush(self._free_host, block.host)
-        block.host = None
-        block.stored_tokens = 0
-
-    def _fences(self, slots: Iterable[int]) -> tuple[Event, ...]:
-        """Returns the events that the next writer of these device slots must wait for (rule 7)."""
-        fences: dict[int, Event] = {}
-        for slot in slots:
-            event = self._touched.pop(slot, None)
-            if event is not None and not event.query():
-                fences[id(event)] = event
-        return tuple(fences.values())
-
     # --- invariants ------------------------------------------------------------------------------
 
     def pool_states(self, tables: Iterable[BlockTable]) -> tuple[PoolState, PoolState]:
@@ -644,20 +469,19 @@ class BlockManager:
         host = [b for b in blocks if b.host is not None]
         device_moving = sum(b.holders == 0 and bool(b.loads or b.stores) for b in device)
         host_moving = sum(bool(b.loads or b.stores) for b in host)
-        spare = len(self._spare_unreferenced) + len(self._spare_held)
         return (
             PoolState(
                 total=self.device_slots,
-                free=len(self._free_device),
-                used=len(device) - self._reclaimable - device_moving,
-                reclaimable=self._reclaimable,
+                free=len(self._device.free),
+                used=len(device) - self._device.reclaimable - device_moving,
+                reclaimable=self._device.reclaimable,
                 in_flight=device_moving,
             ),
             PoolState(
                 total=self.host_slots,
-                free=len(self._free_host),
-                used=len(host) - spare - host_moving,
-                reclaimable=spare,
+                free=len(self._host.free),
+                used=len(host) - self._host.spare - host_moving,
+                reclaimable=self._host.spare,
                 in_flight=host_moving,
             ),
         )
@@ -686,8 +510,8 @@ class BlockManager:
                 counts[copy.block] = counts.get(copy.block, 0) + 1
                 blocks.add(copy.block)
         for name, owned, free, total in (
-            ("device", [b.device for b in blocks], self._free_device, self.device_slots),
-            ("host", [b.host for b in blocks], self._free_host, self.host_slots),
+            ("device", [b.device for b in blocks], self._device.free, self.device_slots),
+            ("host", [b.host for b in blocks], self._host.free, self.host_slots),
         ):
             slots = [slot for slot in owned if slot is not None] + free
             assert sorted(slots) == list(range(total)), f"{name} slots lost or shared: {slots}"
@@ -700,7 +524,7 @@ class BlockManager:
             assert not block.holders or block.device is not None, block
             assert not block.refs or block.device is not None or block.clean, block
             assert block.stored_tokens <= block.filled_tokens, block
-        assert self._reclaimable == sum(b.reclaim_rank is not None for b in blocks)
+        assert self._device.reclaimable == sum(b.reclaim_rank is not None for b in blocks)
         for table in tables:
             size = self.block_size_tokens
             filled = sum(block.filled_tokens for block in table.blocks)

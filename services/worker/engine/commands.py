@@ -22,7 +22,7 @@ from services.common.errors import (
     UnknownSessionError,
     WrongStateError,
 )
-from services.worker.engine.block_manager import CopyTicket
+from services.worker.engine.block import CopyTicket
 from services.worker.engine.kv_mover import KvMover
 from services.worker.engine.sequence import Session
 from services.worker.engine.streams import Event

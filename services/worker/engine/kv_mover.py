@@ -14,13 +14,8 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from services.worker.engine.block_manager import (
-    Block,
-    BlockManager,
-    CopyTicket,
-    Direction,
-    Hold,
-)
+from services.worker.engine.block import Block, CopyTicket, Direction, Hold
+from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.sequence import Session
 from services.worker.engine.streams import Event
 from services.worker.engine.transfer import CopyJob, Priority, Transfers, coalesce

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from services.worker.engine.block_manager import BlockTable, CopyTicket, hash_blocks
+from services.worker.engine.block import BlockTable, CopyTicket, hash_blocks
 from services.worker.engine.step import SampleRequest
 from services.worker.messages import KvSource, Submit
 

@@ -1,0 +1,160 @@
+"""The model runner on a tiny model: what it gives does not depend on how the work was cut."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from services.common.errors import ConfigError, InternalError
+from services.worker.engine.kv_layout import KVLayout
+from services.worker.engine.model_loader import LoadedModel
+from services.worker.engine.model_runner import ModelRunner
+from services.worker.engine.step import SampleRequest, SequenceSlice, StepPlan
+from services.worker.messages import SamplingParams
+from tests.support.model_driver import Driver, driving, load_quietly, transformers_greedy
+
+PROMPTS = [list(range(n, 3 * n + 1)) for n in (40, 7, 23, 1)]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_quietly("dummy:tiny")
+
+
+@pytest.fixture
+def driver(loaded: LoadedModel) -> Iterator[Driver]:
+    with driving(loaded) as driver:
+        yield driver
+
+
+def test_a_mixed_batch_in_chunks_equals_generate(driver: Driver) -> None:
+    texts = [driver.text(prompt, 24) for prompt in PROMPTS]
+    expected = [transformers_greedy(driver.loaded, prompt, 24) for prompt in PROMPTS]
+    assert driver.generate(texts, 24) == expected
+
+
+def test_warm_up_leaves_a_pool_that_serves(driver: Driver) -> None:
+    driver.runner.warm_up()
+    text = driver.text(PROMPTS[0], 8)
+    assert driver.generate([text], 8) == [transformers_greedy(driver.loaded, PROMPTS[0], 8)]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 5])
+def test_warm_up_needs_no_more_than_one_block(loaded: LoadedModel, num_blocks: int) -> None:
+    with driving(loaded, num_blocks=num_blocks, block_size_tokens=4) as driver:
+        driver.runner.warm_up()
+
+
+def test_seeded_sampling_is_the_same_alone_and_in_a_batch(loaded: LoadedModel) -> None:
+    sampling = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=7)
+    with driving(loaded) as driver:
+        alone = driver.generate([driver.text(PROMPTS[2], 20, sampling)], 20)
+    with driving(loaded, seed=1) as driver:
+        texts = [driver.text(prompt, 20) for prompt in PROMPTS]
+        texts.append(driver.text(PROMPTS[2], 20, sampling))
+        together = driver.generate(texts, 20)
+    assert together[-1:] == alone
+    assert together[-1] != together[2]
+
+
+def test_a_slice_within_the_prompt_samples_nothing(driver: Driver) -> None:
+    text, other = driver.text(PROMPTS[0], 1), driver.text(PROMPTS[1], 1)
+    result = driver.step(driver.part(text, 10), driver.part(other))
+    assert result.samples[0] is None
+    assert result.samples[1] is not None
+    text.computed = 10
+    assert driver.step(driver.part(text, 5)).samples == (None,)
+
+
+def test_logits_and_logprobs_come_only_where_asked(driver: Driver) -> None:
+    texts = [driver.text(prompt, 1) for prompt in PROMPTS[:3]]
+    result = driver.step(
+        driver.part(texts[0], logprobs=3, return_logits=True),
+        driver.part(texts[1]),
+        driver.part(texts[2], logprobs=0),
+    )
+    first, second, third = result.samples
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert second.logprobs is None
+    assert second.logits is None
+    assert first.logits is not None
+    logits = torch.frombuffer(bytearray(first.logits), dtype=torch.float32)
+    assert logits.shape == (driver.loaded.vocab_size,)
+    expected = logits.log_softmax(-1)
+    assert first.token_id == logits.argmax()
+    assert first.logprobs is not None
+    assert first.logprobs.chosen.token_id == first.token_id
+    assert first.logprobs.chosen.logprob == pytest.approx(float(expected[first.token_id]))
+    assert [t.token_id for t in first.logprobs.top] == expected.topk(3).indices.tolist()
+    assert third.logprobs is not None
+    assert third.logprobs.top == []
+    assert third.logprobs.chosen.token_id == third.token_id
+    assert third.logits is None
+
+
+def test_logprobs_are_of_the_raw_logits_whatever_the_temperature(driver: Driver) -> None:
+    hot = SamplingParams(temperature=3.0, top_k=5, seed=1)
+    text = driver.text(PROMPTS[1], 1, hot)
+    (sample,) = driver.step(driver.part(text, logprobs=1, return_logits=True)).samples
+    assert sample is not None
+    assert sample.logits is not None
+    assert sample.logprobs is not None
+    expected = torch.frombuffer(bytearray(sample.logits), dtype=torch.float32).log_softmax(-1)
+    assert sample.logprobs.chosen.logprob == pytest.approx(float(expected[sample.token_id]))
+
+
+def test_logits_that_are_not_numbers_fail_the_step_and_not_the_next(driver: Driver) -> None:
+    kv = driver.layout.view(driver.pool)
+    good, bad = driver.text(PROMPTS[0], 2), driver.text(PROMPTS[1], 2)
+    driver.advance([good, bad], [None, None])
+    kv[bad.block_table[0]] = torch.nan
+    with pytest.raises(InternalError, match="position 16 are not numbers") as raised:
+        driver.step(driver.part(good), driver.part(bad))
+    assert raised.value.metadata == {"slices": "1"}
+    driver.advance([good], [None])
+    assert good.chosen == transformers_greedy(driver.loaded, PROMPTS[0], 2)
+
+
+def test_launch_waits_for_nothing(driver: Driver) -> None:
+    gate = threading.Event()
+
+    def wait() -> None:
+        assert gate.wait(30)
+
+    driver.stream.launch(wait)
+    text = driver.text(PROMPTS[1], 1)
+    step = driver.runner.launch(StepPlan((driver.part(text),)))
+    assert not step.done()
+    gate.set()
+    assert step.result().samples[0] is not None
+    assert step.done()
+
+
+def test_a_failed_step_says_so_through_its_event(driver: Driver) -> None:
+    beyond = len(driver.pool)
+    part = SequenceSlice([1], 0, [beyond], SampleRequest(SamplingParams(), 1))
+    step = driver.runner.launch(StepPlan((part,)))
+    with pytest.raises(IndexError):
+        step.result()
+    with pytest.raises(IndexError):
+        step.done()
+
+
+def test_an_unknown_backend_is_refused(loaded: LoadedModel) -> None:
+    layout = KVLayout(4, 8, 2, 32, torch.float32)
+    pool = torch.zeros(1, layout.block_bytes, dtype=torch.uint8)
+    with pytest.raises(ConfigError, match="--attention nonsense"):
+        ModelRunner(loaded, layout, layout.view(pool), None, attention="nonsense")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(dtype: str) -> None:
+    with driving(load_quietly("dummy:tiny", dtype=dtype)) as driver:
+        driver.runner.warm_up()
+        (chosen,) = driver.generate([driver.text(PROMPTS[0], 4)], 4)
+        assert all(0 <= token < driver.loaded.vocab_size for token in chosen)

@@ -1,0 +1,85 @@
+"""Pools and limits, from what was asked for and what there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.common.errors import ConfigError
+from services.worker.config import EngineConfig
+from services.worker.engine.host_pool import HostPool, memory_limit_bytes
+from services.worker.engine.kv_layout import KVLayout
+from services.worker.engine.sizing import choose_block_size, choose_sizes
+
+LAYOUT = KVLayout(4, 16, 2, 32, torch.float32)
+CPU = torch.device("cpu")
+MIB = 2**-10
+
+
+def config(**fields: object) -> EngineConfig:
+    return EngineConfig(model="dummy:tiny", **fields)  # type: ignore[arg-type]
+
+
+def test_a_block_is_about_8_mib_on_a_gpu() -> None:
+    llama2 = KVLayout(32, 1, 32, 128, torch.bfloat16).token_bytes
+    llama3 = KVLayout(32, 1, 8, 128, torch.bfloat16).token_bytes
+    assert choose_block_size(config(device="cuda"), llama2) == 16
+    assert choose_block_size(config(device="cuda"), llama3) == 64
+    assert choose_block_size(config(device="cpu"), llama3) == 16
+    assert choose_block_size(config(block_size_tokens=5), llama3) == 5
+
+
+def test_the_pools_hold_whole_blocks() -> None:
+    sizes = choose_sizes(config(device_pool_gib=4 * MIB, host_pool_gib=8 * MIB), LAYOUT, 4096, CPU)
+    assert (sizes.device_blocks, sizes.host_blocks) == (128, 256)
+    assert sizes.max_context_length == 128 * 16
+    assert sizes.max_step_tokens == 256
+
+
+def test_no_host_pool_is_a_choice() -> None:
+    sizes = choose_sizes(config(device_pool_gib=4 * MIB, host_pool_gib=0), LAYOUT, 100, CPU)
+    assert (sizes.host_blocks, sizes.max_context_length) == (0, 100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"device_pool_gib": 0}, "--device-pool-gib 0: above 0"),
+        ({"device_pool_gib": -1.0}, "--device-pool-gib -1.0: above 0"),
+        ({"device_pool_gib": 0.03 * MIB}, "--device-pool-gib: 0 tokens fit"),
+        ({"device_pool_gib": MIB, "max_context_length": 4096}, "--device-pool-gib: 512 tokens fit"),
+        ({"host_pool_gib": MIB, "max_context_length": 4096}, "--host-pool-gib: 512 tokens fit"),
+        ({"host_pool_gib": -1.0}, "--host-pool-gib -1.0: at least 0"),
+        ({"max_context_length": 5000}, "--max-context-length 5000: 2 to 4096"),
+        ({"max_step_tokens": 8, "max_running_sequences": 9}, "--max-step-tokens 8"),
+        ({"max_running_sequences": 0}, "--max-running-sequences 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(fields: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_sizes(config(**fields), LAYOUT, 4096, CPU)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_host_pool_larger_than_the_machine_is_refused() -> None:
+    block_bytes = 1 << 20
+    with pytest.raises(ConfigError, match="this machine has"):
+        HostPool(memory_limit_bytes() // block_bytes + 1, block_bytes, pin=False)
+
+
+def test_a_host_pool_is_flat_and_writable() -> None:
+    pool = HostPool(3, 1000, pin=False)
+    pool.bytes.fill_(7)
+    assert pool.bytes.shape == (3000,)
+    assert int(pool.bytes.sum()) == 21000
+    assert HostPool(0, 1000, pin=False).bytes.numel() == 0
+
+
+def test_a_layout_s_view_shares_the_pool() -> None:
+    flat = torch.zeros(3, LAYOUT.block_bytes, dtype=torch.uint8)
+    kv = LAYOUT.view(flat)
+    assert kv.shape == (3, 4, 2, 16, 2, 32)
+    kv[1] = 1.0
+    assert flat[0].sum() == flat[2].sum() == 0
+    assert flat[1].any()
