@@ -256,8 +256,8 @@ class BlockManager:
         table.held = False
         for block in table.blocks:
             block.expected_wake_ns = table.expected_wake_ns
-            block.holders -= 1
             self._release(block)
+            self._settle(block)
 
     def set_wake(self, table: BlockTable, expected_wake_ns: int | None) -> None:
         """Changes when a table is expected to be needed, and so the order of reuse."""
@@ -316,7 +316,7 @@ class BlockManager:
                 if block.store is ticket:
                     block.store = None
                     block.stored_tokens = copy.tokens
-            self._release(block)
+            self._settle(block)
 
     def release_device(self, table: BlockTable) -> list[int]:
         """Frees the device slots of a table's blocks that may be reused, at once.
@@ -402,18 +402,18 @@ class BlockManager:
             self._orphans.add(block)
 
     def _release(self, block: Block) -> None:
-        """Settles a block that lost a holder, a reference or a copy in flight."""
-        if block.device is not None and block.holders == 0 and self.fence is not None:
+        """Takes a holder away from a block; whoever held it may be in a step that still runs."""
+        block.holders -= 1
+        if block.holders == 0 and block.device is not None and self.fence is not None:
             self._device.touch((block.device,), self.fence)
-        self._settle(block)
 
     def _let_go(self, block: Block, *, holding: bool) -> None:
         block.refs -= 1
         if holding:
-            block.holders -= 1
+            self._release(block)
         if block.refs == 0:
             self._device.unrank(block)  # it ranks anew, as unreferenced
-        self._release(block)
+        self._settle(block)
 
     def _take_device(self) -> int:
         """Returns a device slot; the caller has checked that there is one."""

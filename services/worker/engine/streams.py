@@ -16,6 +16,8 @@ from typing import Protocol
 
 Work = Callable[[], None]
 
+_NICENESS = 10
+
 
 class Event(Protocol):
     """A point in a stream."""
@@ -104,7 +106,8 @@ class CpuStream:
     """A thread that stands in for a CUDA stream.
 
     A piece of work that raises fails every event recorded after it, as a CUDA error does.
-    `wakeup` is set whenever an event is reached.
+    `wakeup` is set whenever an event is reached. The thread, and those that torch starts for its
+    work, give way to others: a GPU would take no processor time from the rest of the system.
     """
 
     def __init__(self, name: str, wakeup: Wakeup) -> None:
@@ -134,6 +137,7 @@ class CpuStream:
         self._thread.join()
 
     def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (item := self._queue.get()) is not None:
             if isinstance(item, CpuEvent):
                 item._reach(self._failure)
