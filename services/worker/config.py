@@ -28,8 +28,8 @@ class EngineConfig:
         host_pool_gib: Size of the host pool.
         max_context_length: Most tokens in a context; None: the model's limit.
         max_running_sequences: Most sequences in one step.
-        max_step_tokens: Most tokens in one step; long prompts are prefilled in chunks of it. 0: 2,048
-            on a GPU, 256 on a CPU.
+        max_step_tokens: Most tokens in one step; long prompts are prefilled in chunks of it.
+            0: 2,048 on a GPU, 256 on a CPU.
         write_through: Copy each block to the host as soon as it is full.
         low_watermark: Share of a pool's blocks that is kept free or reclaimable ahead of need.
         report_interval_s: How often the engine reports.

@@ -126,6 +126,8 @@ def run_engine(config: EngineConfig, address: str) -> None:
     """
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
+    # The step loop never waits for the front; what is under way is bounded by the requests.
+    socket.set_hwm(0)
     socket.setsockopt(zmq.LINGER, 2000)
     socket.connect(address)
 
