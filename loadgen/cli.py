@@ -1,0 +1,206 @@
+"""``djinn-loadgen``: run a workload, read a run again, verify a server, look at traces."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from loadgen import config, progress, report, runner, trace, verify
+from loadgen.errors import LoadgenError
+from loadgen.targets import registry
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+DEFAULT_SERVER = "localhost:5556"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except LoadgenError as error:
+        print(f"djinn-loadgen: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has had enough, as `head` has.
+        sys.stderr.close()
+        return EXIT_OK
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    overrides = dict(arguments.set)
+    if arguments.seed is not None:
+        overrides["workload.seed"] = str(arguments.seed)
+    loaded = config.load(arguments.config, overrides)
+    console = progress.console()
+    # With --json standard output is the report alone.
+    display = progress.make(progress.console(stderr=arguments.json), quiet=arguments.quiet)
+    options = runner.RunOptions(
+        server=arguments.server,
+        target=arguments.target,
+        out=arguments.out,
+        processes=arguments.processes,
+        trace=arguments.trace,
+        config_file=str(arguments.config),
+        overrides=overrides,
+    )
+    try:
+        folder = asyncio.run(runner.run(loaded, options, display))
+    finally:
+        display.close()
+    return _present(folder, console, as_json=arguments.json)
+
+
+def _present(folder: Path, console: Console, *, as_json: bool) -> int:
+    """Computes, saves and prints a run's report; the exit code says whether it is as expected."""
+    result = report.load(folder)
+    report.save(folder, result)
+    if as_json:
+        sys.stdout.buffer.write(report.to_json(result))
+        sys.stdout.buffer.flush()
+    else:
+        report.show(result, console)
+        console.print(f"\n{folder}", style="dim", highlight=False)
+    if result.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_OK if result.passed else EXIT_FAILED
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    return _present(arguments.run, progress.console(), as_json=arguments.json)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    options = verify.VerifyOptions(
+        server=arguments.server,
+        prompts=arguments.prompts,
+        context_length=arguments.context_length,
+        new_tokens=arguments.new_tokens,
+        seed=arguments.seed,
+    )
+    console = progress.console()
+    result = asyncio.run(verify.run(options, lambda text: console.print(text, highlight=False)))
+    try:
+        arguments.out.write_bytes(verify.to_json(result))
+    except OSError as error:
+        raise LoadgenError(f"--out {arguments.out}: {error.strerror}") from None
+    verify.show(result, console)
+    console.print(f"\n{arguments.out}", style="dim", highlight=False)
+    return EXIT_OK if result.passed else EXIT_FAILED
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    files = trace.files_of(arguments.run, arguments.also)
+    wakes = trace.slowest_wakes(trace.read(files), arguments.slowest)
+    if not wakes:
+        raise LoadgenError(f"no {trace.WAKE} spans in {', '.join(map(str, files))}")
+    console = progress.console()
+    for number, spans in enumerate(wakes):
+        if number:
+            console.print()
+        trace.waterfall(spans, console)
+    return EXIT_OK
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return key, value
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 0, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="djinn-loadgen",
+        description="Drives agents that reason, act and reflect, and reports what they saw.",
+        epilog="Exit codes: 0 all as expected; 1 something was not; 2 wrong use or no server; "
+        "130 stopped.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a workload and report on it")
+    run.add_argument("config", type=Path, help="workload file (YAML)")
+    run.add_argument("--server", default=DEFAULT_SERVER, help="host:port (%(default)s)")
+    run.add_argument(
+        "--target", default="djinn", choices=registry.NAMES, help="what is driven (%(default)s)"
+    )
+    run.add_argument("--out", type=Path, help="the run's folder (runs/<time>-<name>)")
+    run.add_argument("--processes", type=_count, default=0, help="client processes (by agents)")
+    run.add_argument("--seed", type=_seed, help="in place of the workload's")
+    run.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value in place of the file's, such as workload.total_agents=20",
+    )
+    run.add_argument("--trace", action="store_true", help="write the client's spans to the folder")
+    run.add_argument("--json", action="store_true", help="print the report as JSON")
+    run.add_argument("--quiet", action="store_true", help="show no progress")
+    run.set_defaults(command=_run)
+
+    again = commands.add_parser("report", help="compute a run's report again")
+    again.add_argument("run", type=Path, help="the run's folder")
+    again.add_argument("--json", action="store_true", help="print it as JSON")
+    again.set_defaults(command=_report)
+
+    check = commands.add_parser(
+        "verify", help="compare a server's outputs with and without an evict and a restore"
+    )
+    check.add_argument("--server", default=DEFAULT_SERVER, help="host:port (%(default)s)")
+    check.add_argument("--prompts", type=_count, default=4, help="prompts (%(default)s)")
+    check.add_argument(
+        "--context-length", type=_count, default=256, help="tokens of each (%(default)s)"
+    )
+    check.add_argument(
+        "--new-tokens", type=_count, default=16, help="tokens per generation (%(default)s)"
+    )
+    check.add_argument("--seed", type=_seed, default=0, help="of the prompts (%(default)s)")
+    check.add_argument(
+        "--out",
+        type=Path,
+        default=Path("correctness_results.json"),
+        help="file to write (%(default)s)",
+    )
+    check.set_defaults(command=_verify)
+
+    traces = commands.add_parser("trace", help="draw the slowest wakes of a run")
+    traces.add_argument("run", type=Path, help="the run's folder, or a trace file")
+    traces.add_argument("--slowest", type=_count, default=5, help="how many (%(default)s)")
+    traces.add_argument(
+        "--also", type=Path, action="append", default=[], help="another trace file, a server's say"
+    )
+    traces.set_defaults(command=_trace)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

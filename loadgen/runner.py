@@ -1,0 +1,411 @@
+"""A whole run: checks that it can be done, drives the client processes, and writes its files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from loadgen import client_process, environment
+from loadgen.client_process import (
+    Batch,
+    ClientJob,
+    Drained,
+    Failed,
+    Finished,
+    FromChild,
+    Ready,
+    Release,
+    Start,
+    Stop,
+    ToChild,
+)
+from loadgen.config import Mode, Prompts, RunConfig, Workload
+from loadgen.errors import LoadgenError, RunFileError, ServerError
+from loadgen.progress import Progress, Tally
+from loadgen.record import (
+    REQUESTS_FILE,
+    LoopLag,
+    RunInfo,
+    StatsRecord,
+    decode_lines,
+    encode,
+    write_run,
+)
+from loadgen.targets import registry
+from loadgen.targets.base import Target, TargetError, TargetInfo
+
+STATS_INTERVAL_S = 1.0
+START_DELAY_S = 0.2
+STOP_GRACE_S = 20.0
+AGENTS_PER_PROCESS = 32
+SERVER_CORES = 4
+TRACE_FILE = "traces-client.jsonl"
+
+
+class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How to run a workload.
+
+    Attributes:
+        server: host:port of what is driven.
+        target: Its kind.
+        out: The run's folder; None: ``runs/<time>-<name>``.
+        processes: Client processes; 0 chooses by agents and cores.
+        trace: Write the client's spans into the run's folder.
+        config_file: Where the workload was read from, for the run's description.
+        overrides: Values given on the command line, likewise.
+    """
+
+    server: str = "localhost:5556"
+    target: str = "djinn"
+    out: Path | None = None
+    processes: int = 0
+    trace: bool = False
+    config_file: str = ""
+    overrides: dict[str, str] = {}
+
+
+def default_processes(agents: int) -> int:
+    """Returns a number of client processes that leaves the server four cores, or half of fewer.
+
+    Tokens of one step reach all agents at once, so more processes mean that each token waits for
+    fewer others on its event loop.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(-(-agents // AGENTS_PER_PROCESS), max(cores - SERVER_CORES, cores // 2)))
+
+
+def run_folder(name: str, out: Path | None) -> Path:
+    """Makes and returns a run's folder.
+
+    Args:
+        name: The experiment's name.
+        out: The folder; None: one of this moment under ``runs``.
+
+    Raises:
+        RunFileError: It cannot be made, or holds a run already.
+    """
+    if out is None:
+        moment = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%SZ")
+        out = Path("runs") / f"{moment}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name) or 'run'}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFileError(f"{out}: {error.strerror}") from None
+    if (out / REQUESTS_FILE).exists():
+        raise RunFileError(f"{out}: holds a run already")
+    return out
+
+
+def check_fits(workload: Workload, info: TargetInfo, origin: str) -> None:
+    """Checks that the model can serve the workload.
+
+    Raises:
+        LoadgenError: It cannot; the message names the setting, its value and the limit.
+    """
+    model = info.model.get("model", "the model")
+    if workload.prompts is Prompts.STORIES:
+        if not info.has_chat:
+            raise LoadgenError(
+                f"{origin}: workload.prompts: stories needs a chat template, and {model} has none"
+            )
+        return
+    needed = (
+        workload.context_length
+        + workload.iterations * workload.tool_tokens
+        + (workload.iterations + 1) * workload.new_tokens
+    )
+    if info.max_context_length and needed > info.max_context_length:
+        raise LoadgenError(
+            f"{origin}: agents grow to {needed} tokens (context_length + iterations * tool_tokens "
+            f"+ (iterations + 1) * new_tokens), and the limit of {model} is "
+            f"{info.max_context_length}"
+        )
+
+
+async def run(config: RunConfig, options: RunOptions, progress: Progress) -> Path:
+    """Runs a workload.
+
+    Args:
+        config: The workload.
+        options: How to run it.
+        progress: Shows what goes on.
+
+    Returns:
+        The run's folder, with its description and raw events.
+
+    Raises:
+        LoadgenError: The run could not begin.
+    """
+    target = await registry.connect(options.target, options.server)
+    try:
+        info = await _ask(target, options)
+        check_fits(config.workload, info, options.config_file or "workload")
+        folder = run_folder(config.experiment.name, options.out)
+        return await Runner(config, options, target, info, folder, progress).run()
+    finally:
+        await target.aclose()
+
+
+async def _ask(target: Target, options: RunOptions) -> TargetInfo:
+    try:
+        return await target.info()
+    except TargetError as error:
+        raise ServerError(f"--server {options.server}: {error.message}") from None
+
+
+class _Child:
+    """The parent's side of one client process."""
+
+    def __init__(self, job: ClientJob) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.number = job.process
+        self.process = context.Process(
+            target=client_process.main,
+            args=(job, theirs),
+            name=f"djinn-loadgen-client-{job.process}",
+            daemon=True,
+        )
+        self.process.start()
+        theirs.close()
+        self.ready = False
+        self.drained = False
+        self.ended = False
+        self.lag: LoopLag | None = None
+
+    def send(self, message: ToChild) -> None:
+        # A child that has gone is seen where its pipe is read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send_bytes(msgspec.msgpack.encode(message))
+
+
+class Runner:
+    """One run; see `run`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        options: RunOptions,
+        target: Target,
+        target_info: TargetInfo,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._options = options
+        self._target = target
+        self._target_info = target_info
+        self._folder = folder
+        self._progress = progress
+        self._tally = Tally(config.workload.total_agents)
+        self._decoder: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromChild)
+        self._children: list[_Child] = []
+        self._changed = asyncio.Event()
+        self._interrupted = False
+        self._failure = ""
+        self._start_ns = 0
+        self._end_s = 0.0
+
+    async def run(self) -> Path:
+        workload = self._config.workload
+        count = self._options.processes or default_processes(workload.total_agents)
+        count = min(count, workload.total_agents)
+        before = await self._stats()
+        with (
+            (self._folder / REQUESTS_FILE).open("wb") as self._file,
+            self._signals(),
+        ):
+            try:
+                self._spawn(count)
+                await self._until(lambda child: child.ready)
+                if self._failure:
+                    raise ServerError(self._failure)
+                self._start_ns = time.monotonic_ns() + round(START_DELAY_S * 1e9)
+                info = self._describe(before, count)
+                write_run(self._folder, info)
+                await self._go()
+            finally:
+                await self._end_children()
+        after = await self._stats()
+        write_run(
+            self._folder,
+            msgspec.structs.replace(
+                info,
+                duration_s=self._end_s,
+                loop_lag=[child.lag for child in self._children if child.lag is not None],
+                lost_processes=sum(child.lag is None for child in self._children),
+                interrupted=self._interrupted,
+                stats_after=after,
+            ),
+        )
+        return self._folder
+
+    def _spawn(self, count: int) -> None:
+        workload = self._config.workload
+        self._progress.say(
+            f"{workload.total_agents} agents on {count} client process"
+            f"{'es' if count > 1 else ''}, results in {self._folder}"
+        )
+        trace_file = str(self._folder / TRACE_FILE) if self._options.trace else ""
+        loop = asyncio.get_running_loop()
+        for number in range(count):
+            child = _Child(
+                ClientJob(
+                    workload=workload,
+                    vocab_size=self._target_info.vocab_size,
+                    target=self._options.target,
+                    server=self._options.server,
+                    process=number,
+                    processes=count,
+                    trace_file=trace_file,
+                )
+            )
+            self._children.append(child)
+            loop.add_reader(child.connection.fileno(), self._receive, child)
+
+    async def _go(self) -> None:
+        """Runs from the start to the end of the last agent."""
+        for child in self._children:
+            child.send(Start(self._start_ns))
+        sampler = asyncio.create_task(self._sample())
+        try:
+            await self._until(lambda child: child.drained)
+            if self._config.workload.mode is Mode.LIVE:
+                for child in self._children:
+                    child.send(Release())
+            await self._until(lambda child: False)
+        finally:
+            self._end_s = self._now()
+            sampler.cancel()
+            await asyncio.gather(sampler, return_exceptions=True)
+
+    async def _until(self, reached: Callable[[_Child], bool]) -> None:
+        """Waits until each child has reached something or ended, or the run is to stop."""
+        while not all(child.ended or reached(child) for child in self._children):
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _end_children(self) -> None:
+        """Has every child finish, and ends those that do not."""
+        loop = asyncio.get_running_loop()
+        for child in self._children:
+            child.send(Stop())
+        try:
+            async with asyncio.timeout(STOP_GRACE_S):
+                await self._until(lambda child: False)
+        except TimeoutError:
+            for child in self._children:
+                child.process.kill()
+        for child in self._children:
+            if not child.ended:
+                loop.remove_reader(child.connection.fileno())
+            child.connection.close()
+            await asyncio.to_thread(child.process.join)
+
+    def _receive(self, child: _Child) -> None:
+        try:
+            message = self._decoder.decode(child.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self._end(child)
+            return
+        match message:
+            case Ready():
+                child.ready = True
+            case Failed(text):
+                self._failure = self._failure or text
+            case Batch(lines, states):
+                self._file.write(lines)
+                self._tally.set_states(child.number, states)
+                for record in decode_lines(lines, "client process"):
+                    self._tally.add(record)
+                self._show()
+            case Drained():
+                child.drained = True
+            case Finished(lag):
+                child.lag = lag
+        self._changed.set()
+
+    def _end(self, child: _Child) -> None:
+        asyncio.get_running_loop().remove_reader(child.connection.fileno())
+        child.ended = True
+        if child.lag is None and not self._failure:
+            self._failure = f"client process {child.number} ended before its work did"
+            self._progress.say(self._failure)
+        self._changed.set()
+
+    def _show(self) -> None:
+        self._tally.now_s = max(0.0, self._now())
+        self._progress.update(self._tally)
+
+    def _now(self) -> float:
+        return (time.monotonic_ns() - self._start_ns) * 1e-9
+
+    async def _sample(self) -> None:
+        """Writes the server's counters and pools down at regular times."""
+        while True:
+            await asyncio.sleep(STATS_INTERVAL_S)
+            now_s = self._now()
+            stats = await self._stats()
+            if stats:
+                self._file.write(encode([StatsRecord(now_s, stats)]))
+                self._file.flush()
+                self._tally.set_stats(stats)
+            self._show()
+
+    async def _stats(self) -> dict[str, float]:
+        try:
+            return await self._target.stats()
+        except TargetError:
+            # The scheduler may be away for a while: agents live on, and so does the run.
+            return {}
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Has Ctrl-C and SIGTERM stop the agents, so that the run still ends in a report."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _interrupt(self) -> None:
+        if not self._interrupted:
+            self._interrupted = True
+            self._progress.say("stopping: agents close their sessions")
+            for child in self._children:
+                child.send(Stop())
+
+    def _describe(self, before: dict[str, float], count: int) -> RunInfo:
+        workload = self._config.workload
+        offset_ns = time.time_ns() - time.monotonic_ns()
+        return RunInfo(
+            name=self._config.experiment.name,
+            config=self._config,
+            config_file=self._options.config_file,
+            overrides=self._options.overrides,
+            target=self._options.target,
+            server=self._options.server,
+            model=self._target_info.model,
+            policy=self._target_info.policy,
+            labels=["oracle"] if workload.oracle else [],
+            start_unix_ns=self._start_ns + offset_ns,
+            processes=count,
+            interrupted=True,
+            stats_before=before,
+            versions=environment.versions(),
+            machine=environment.machine(),
+            git_commit=environment.git_commit(),
+        )

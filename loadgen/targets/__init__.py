@@ -1,0 +1,1 @@
+"""Systems that agents can be run against: one module each, behind `base.Target`."""
