@@ -9,6 +9,7 @@ Times named `_ns` are wall-clock nanoseconds since the epoch (`time.time_ns`), f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
@@ -418,7 +419,7 @@ _to_engine = msgspec.msgpack.Decoder(list[ToEngine])
 _to_front = msgspec.msgpack.Decoder(list[ToFront])
 
 
-def encode(batch: list[ToEngine] | list[ToFront]) -> bytes:
+def encode(batch: Sequence[ToEngine] | Sequence[ToFront]) -> bytes:
     """Returns a batch as one frame."""
     return _encoder.encode(batch)
 

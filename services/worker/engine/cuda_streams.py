@@ -15,7 +15,7 @@ class CudaEvent:
 
     def query(self) -> bool:
         """See `Event.query`."""
-        return self._event.query()
+        return bool(self._event.query())
 
     def synchronize(self) -> None:
         """See `Event.synchronize`."""

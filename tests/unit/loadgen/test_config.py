@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadgen import config
@@ -136,6 +136,7 @@ def test_overrides_replace_values_and_are_checked_like_them():
         config.parse(VALID + "  seed: 1\n", "w.yaml", {"workload.seed.x": "7"})
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused_in_one_line(text):
     assert refusal(text).startswith(("w.yaml", "accepted"))
@@ -150,6 +151,7 @@ def refusal(text: str, overrides: dict[str, str] | None = None) -> str:
     return "accepted"
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(config.Workload.__struct_fields__),

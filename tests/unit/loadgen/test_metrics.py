@@ -1,6 +1,6 @@
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadgen import expectations, metrics
@@ -233,6 +233,7 @@ def test_live_agents_are_counted_from_open_to_close():
     assert metrics.compute(run_info(), lives).aggregates["peak_live_agents"] == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
 def test_a_quantile_is_the_least_measured_value_that_covers_its_share(values, fraction):
     value = metrics.quantile(sorted(values), fraction)

@@ -2,7 +2,7 @@ import statistics
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadgen import stories
@@ -81,6 +81,7 @@ def test_an_agent_does_not_depend_on_how_many_others_there_are():
     assert many[:3] == few
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 6))
 def test_processes_share_the_agents(agents, shares):
     workload = with_(total_agents=agents, context_length=4)
@@ -88,6 +89,7 @@ def test_processes_share_the_agents(agents, shares):
     assert sorted(dealt, key=lambda agent: agent.index) == list(plan(workload, 10))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.data())
 def test_the_shared_prefix_is_shared_and_the_rest_is_not(length, data):
     prefix = data.draw(st.integers(0, length))

@@ -31,7 +31,12 @@ def test_a_stream_waits_for_another_s_event_and_its_caller_does_not() -> None:
     first, second = CpuStream("first", wakeup), CpuStream("second", wakeup)
     gate = threading.Event()
     order: list[str] = []
-    first.launch(lambda: (gate.wait(), order.append("first"))[1])
+
+    def slow() -> None:
+        gate.wait()
+        order.append("first")
+
+    first.launch(slow)
     second.wait(first.record())
     second.launch(lambda: order.append("second"))
     after = second.record()
@@ -46,7 +51,11 @@ def test_a_stream_waits_for_another_s_event_and_its_caller_does_not() -> None:
 def test_a_failure_reaches_every_later_event_and_nothing_more_is_done() -> None:
     stream = CpuStream("test", Wakeup())
     before = stream.record()
-    stream.launch(lambda: 1 // 0)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    stream.launch(fail)
     done: list[int] = []
     stream.launch(lambda: done.append(1))
     event = stream.record()
