@@ -246,6 +246,27 @@ async def test_a_task_can_be_cancelled_while_it_waits_for_a_worker(
     assert await agent.generate_text("x", max_tokens=1) == "["
 
 
+@pytest.mark.parametrize("how", ["left", "failed", "lost"])
+async def test_a_worker_that_has_not_noticed_the_cut_is_waited_for(
+    fake: FakeServer, agent: djinn.Session, how: str
+) -> None:
+    if how == "left":
+        async for _ in agent.generate("x"):
+            break
+    elif how == "failed":
+        fake.hold_tokens()
+        with pytest.raises(djinn.DeadlineExceededError):
+            await agent.generate_text("x", timeout_s=0.05)
+        fake.release_tokens()
+    else:
+        fake.fail("Generate", "UNAVAILABLE")
+    fake.fail("Generate", "SESSION_BUSY", times=2)
+    assert await agent.generate_text("y", max_tokens=1) == "["
+    fake.fail("Generate", "SESSION_BUSY")
+    with pytest.raises(djinn.SessionBusyError):
+        await agent.generate_text("z")
+
+
 # --- schedulers ----------------------------------------------------------------------------------
 
 
@@ -264,6 +285,22 @@ async def test_a_new_scheduler_is_told_all_phases(fake: FakeServer, client: djin
             agents[1].session_id: (Phase.IO_WAIT, 1, "b"),
         }
         assert (await client.get_session(agents[1].session_id)).tool_name == "b"
+
+
+async def test_without_a_stream_a_new_scheduler_is_known_by_its_epoch() -> None:
+    async with (
+        FakeServer(streams_phases=False) as fake,
+        await djinn.connect(fake.endpoint, retry=QUICK) as client,
+        client.session() as quiet,
+        client.session() as busy,
+    ):
+        await quiet.signal_phase("IO_WAIT", tool_name="quiet")
+        await fake.stop_scheduler()
+        await fake.start_scheduler()
+        said = len(fake.signals)
+        await busy.signal_phase("IO_WAIT", tool_name="busy")
+        await fake.wait_until(lambda: len(fake.signals) >= said + 2)
+        assert (await client.get_session(quiet.session_id)).tool_name == "quiet"
 
 
 async def test_a_signal_outlives_a_scheduler_that_is_away(

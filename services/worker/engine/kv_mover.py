@@ -103,12 +103,14 @@ class KvMover:
             loaded = len(hold.ticket.copies)
             self._start(hold.ticket, priority)
         # Blocks that another session's load is still bringing are waited for too.
-        for ticket, job in self._job_of.items():
-            if ticket.direction is Direction.LOAD and any(
-                copy.block in table.blocks for copy in ticket.copies
+        coming = {block for block in table.blocks if block.loads}
+        for ticket, job in self._job_of.items() if coming else ():
+            if ticket.direction is Direction.LOAD and not coming.isdisjoint(
+                copy.block for copy in ticket.copies
             ):
-                session.loading.add(ticket)
-                self._waiting_for_load.setdefault(ticket, []).append(session)
+                if ticket not in session.loading:
+                    session.loading.add(ticket)
+                    self._waiting_for_load.setdefault(ticket, []).append(session)
                 self._transfers.hasten(job, priority, to_device=True)
         self._count_hold(session, hold, priority)
         session.source = msgspec.structs.replace(

@@ -23,6 +23,7 @@ from services.worker.engine.step import (
     StepResult,
 )
 from services.worker.engine.streams import Event, Stream
+from services.worker.engine.tensors import download, upload
 from services.worker.messages import PositionLogprobs, SamplingParams, TokenLogprob
 
 _WARM_UP_TOKENS = 40
@@ -188,12 +189,13 @@ class ModelRunner:
         self.launch(StepPlan((last,))).result()
 
     def _run(self, step: _HostStep) -> _Output:
+        device = self._loaded.device
         with torch.inference_mode():
             attention_plan = self._attention.plan(step.shape)
             logits = self._model.forward(
-                self._upload(step.token_ids),
-                self._upload(step.positions),
-                self._upload(step.rows),
+                upload(step.token_ids, device),
+                upload(step.positions, device),
+                upload(step.rows, device),
                 self._attention,
                 attention_plan,
             )
@@ -209,6 +211,7 @@ class ModelRunner:
 
     def _compare(self, text: list[int], blocks: list[int]) -> None:
         loaded = self._loaded
+        device = loaded.device
         last = len(text) - 1
         logits = torch.empty(0)
         bounds = sorted({0, last // 2, last, len(text)})
@@ -224,9 +227,9 @@ class ModelRunner:
                 max_context_length=loaded.max_context_length,
             )
             logits = self._model.forward_checked(
-                self._upload(step.token_ids),
-                self._upload(step.positions),
-                self._upload(step.rows),
+                upload(step.token_ids, device),
+                upload(step.positions, device),
+                upload(step.rows, device),
                 attention,
             )
             if sorted(attention.layers) != list(range(loaded.num_layers)):
@@ -234,19 +237,13 @@ class ModelRunner:
                     f"{len(attention.layers)} of {loaded.num_layers} layers attend through"
                     " transformers' attention interface: not supported"
                 )
-        reference = self._model.reference(torch.tensor(text, device=loaded.device)).double()
+        reference = self._model.reference(torch.tensor(text, device=device)).double()
         likeness = torch.cosine_similarity(reference, logits[0].double(), dim=0)
         if not likeness >= _LIKENESS[loaded.dtype]:
             raise ConfigError(
                 "its layers attend in a way of their own: logits are"
                 f" {float(likeness):.4f} like those of its own attention, not supported"
             )
-
-    def _upload(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self._loaded.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._loaded.device, non_blocking=True)
 
 
 def _prepare(plan: StepPlan, block_size: int) -> _HostStep:
@@ -292,19 +289,11 @@ def _choose(logits: torch.Tensor, requests: list[SampleRequest]) -> _Output:
     if most is not None:
         # Of the raw logits: what the model thinks, whatever the temperature.
         logprobs = logits.log_softmax(dim=-1)
-        chosen = _download(logprobs.gather(1, tokens.clamp(min=0)[:, None])[:, 0])
+        chosen = download(logprobs.gather(1, tokens.clamp(min=0)[:, None])[:, 0])
         values, ids = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
-        top = _download(values), _download(ids)
+        top = download(values), download(ids)
     wants_logits = any(r.return_logits for r in requests)
-    return _Output(_download(tokens), chosen, top, _download(logits) if wants_logits else None)
-
-
-def _download(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor in host memory, there once the stream's next event is reached."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+    return _Output(download(tokens), chosen, top, download(logits) if wants_logits else None)
 
 
 def _samples(

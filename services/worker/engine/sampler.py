@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from services.worker.engine.tensors import upload
 from services.worker.messages import SamplingParams
 
 _WORD = 1 << 64
@@ -55,7 +57,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     likeliest, greedy = logits.max(dim=-1)
     if not batch.greedy:
         drawn = [i for i, params in enumerate(batch.params) if params.temperature > 0]
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = upload(np.array(drawn), logits.device)
         greedy[rows] = _draw(
             logits[rows], [batch.params[i] for i in drawn], [batch.positions[i] for i in drawn]
         )
@@ -66,23 +68,20 @@ def _draw(
     logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
 ) -> torch.Tensor:
     device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+    temperature = upload(np.array([p.temperature for p in params], dtype=np.float64), device)
     scores = logits.double() / temperature[:, None]
     if any(p.top_k > 0 or p.top_p < 1 for p in params):
         scores = _truncate(scores, params)
-    keys = torch.tensor(
-        [_signed(row_key(p.seed, position)) for p, position in zip(params, positions, strict=True)],
-        device=device,
-    )
-    uniform = _uniform(keys, logits.shape[-1])
+    keys = [_signed(row_key(p.seed, place)) for p, place in zip(params, positions, strict=True)]
+    uniform = _uniform(upload(np.array(keys), device), logits.shape[-1])
     return (scores - (-uniform.log()).log()).argmax(dim=-1)
 
 
 def _truncate(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Sets to -inf what top-k, and then top-p of what is left, rule out."""
     device, size = scores.device, scores.shape[-1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else size for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=scores.dtype, device=device)
+    top_k = upload(np.array([p.top_k if p.top_k > 0 else size for p in params]), device)
+    top_p = upload(np.array([p.top_p for p in params], dtype=np.float64), device)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     beyond_k = torch.arange(size, device=device) >= top_k[:, None]
     ordered = ordered.masked_fill(beyond_k, -torch.inf)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from services.worker.engine.attention.base import AttentionSpec, Plan, StepShape
+from services.worker.engine.tensors import upload
 
 # A group's sequences are padded to its longest. A sequence shorter by more than this share of it
 # starts a group of its own, unless the difference is below the token count.
@@ -140,7 +141,7 @@ class SdpaBackend:
         for i in range(step.num_decodes, len(step.query_lengths)):
             chunks.append(self._plan_chunk(step, i, start))
             start += step.query_lengths[i]
-        return _SdpaPlan(self._upload(rows), groups, chunks)
+        return _SdpaPlan(self._to_device(rows), groups, chunks)
 
     def attend(
         self,
@@ -237,15 +238,15 @@ class SdpaBackend:
         mask = empty_rows = None
         if empty.any():
             penalty = np.where(empty, np.float32(-np.inf), np.float32(0.0))
-            mask = self._upload(penalty).to(self._layout.dtype)[:, None, None]
+            mask = self._to_device(penalty).to(self._layout.dtype)[:, None, None]
             found = np.flatnonzero(empty)
-            empty_rows = self._upload(np.concatenate((found, found + empty.size)))
+            empty_rows = self._to_device(np.concatenate((found, found + empty.size)))
         everyone = members == list(range(step.num_decodes))
         return _DecodeGroup(
-            rows=slice(0, step.num_decodes) if everyone else self._upload(np.array(members)),
+            rows=slice(0, step.num_decodes) if everyone else self._to_device(np.array(members)),
             size=len(members),
             kv_tokens=kv_tokens,
-            blocks=self._upload(self._rows(tables.reshape(-1)).reshape(len(self._halves), -1)),
+            blocks=self._to_device(self._rows(tables.reshape(-1)).reshape(len(self._halves), -1)),
             empty=empty_rows,
             mask=mask,
         )
@@ -258,16 +259,13 @@ class SdpaBackend:
         used = -(-total // self._layout.block_size_tokens)
         table = np.array(step.block_tables[i][:used], dtype=np.int64)
         mask = torch.full((new, total), -torch.inf, dtype=self._layout.dtype, device=self._device)
-        blocks = self._upload(self._rows(table).reshape(len(self._halves), -1))
+        blocks = self._to_device(self._rows(table).reshape(len(self._halves), -1))
         return _Chunk(rows, total, blocks, mask.triu_(total - new + 1))
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return upload(array, self._device)
 
     def _rows(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns ``[num_layers, 2, n]``: rows of K and V in the pool as rows of one block."""
         found: npt.NDArray[np.int64] = blocks * self._halves.size + self._halves[..., None]
         return found
-
-    def _upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
