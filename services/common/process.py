@@ -33,8 +33,9 @@ _logger = logging.getLogger(__name__)
 def run(name: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     """Runs a process's main coroutine to its end.
 
-    SIGINT and SIGTERM set the event that `main` is given; `main` then drains and returns. A second
-    one of either cancels `main`. Works as process 1 of a container.
+    SIGINT and SIGTERM set the event that `main` is given; `main` then drains and returns. An
+    impatient SIGINT after it cancels `main`; another SIGTERM does nothing, since supervisors may
+    send it to the process and to its group. Works as process 1 of a container.
 
     Args:
         name: The program's name, put before its last line.
@@ -62,10 +63,10 @@ async def _until_stopped(main: Callable[[asyncio.Event], Awaitable[int]]) -> int
     loop = asyncio.get_running_loop()
 
     def on_signal(number: int) -> None:
-        if stop.is_set():
-            _logger.warning("%s again: ending at once", signal.Signals(number).name)
+        if stop.is_set() and number == signal.SIGINT:
+            _logger.warning("SIGINT while stopping: ending at once")
             task.cancel()
-        else:
+        elif not stop.is_set():
             _logger.info("%s: stopping", signal.Signals(number).name)
             stop.set()
 

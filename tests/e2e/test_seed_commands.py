@@ -1,8 +1,8 @@
 """The commands of ``docs/seed.md``, read from it and run against a real server.
 
 What is changed before a command runs: ports become free ones, pools become so small that agents
-have to be evicted, the model becomes ``dummy:tiny``, and workloads get fewer agents and shorter
-waits.
+have to be evicted, the model becomes ``dummy:tiny`` on the CPU, and workloads get fewer agents and
+shorter waits.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Shell:
         if text.startswith("djinn-server"):
             text = text.replace("--host-swap-pool-gb 32", "")
             text += " --port=0 --worker-port=0 --metrics-port=0 --worker-metrics-port=0"
-            text += f" --device-pool-gib={DEVICE_POOL_GIB} --cpu-threads=1"
+            text += f" --device=cpu --device-pool-gib={DEVICE_POOL_GIB} --cpu-threads=1"
             if "--host-swap-pool-gb" not in text:
                 text += f" --host-swap-pool-gb={HOST_POOL_GIB}"
             if "--model" not in text:

@@ -433,8 +433,10 @@ async def test_signals_of_the_current_session(fake: FakeServer, client: djinn.Cl
         seen = await asyncio.create_task(_current_id())
         assert seen == inner.session_id
         await inner.aclose()
+        with pytest.raises(djinn.SessionClosedError, match="is closed"):
+            djinn.signal_phase("IO_WAIT")
     assert outer.phase is Phase.CLOSED
-    with pytest.raises(djinn.SessionClosedError):
+    with pytest.raises(djinn.SessionClosedError, match="no session is current"):
         djinn.signal_phase("IO_WAIT")
 
 

@@ -340,6 +340,19 @@ async def test_awaiting_a_signal_is_bounded(
         await fake.start_scheduler()
 
 
+async def test_a_stream_that_does_not_answer_is_made_anew(fake: FakeServer) -> None:
+    async with (
+        await djinn.connect(fake.endpoint, timeout_s=0.2, retry=QUICK) as client,
+        client.session() as agent,
+    ):
+        fake.answers_signals = False
+        agent.signal_phase("IO_WAIT")
+        await fake.wait_until(lambda: len(fake.signals) >= 2)
+        assert {signal.sequence for signal in fake.signals} == {1}
+        fake.answers_signals = True
+        await agent.signal_phase("IO_WAIT")
+
+
 async def test_worker_and_scheduler_lost_together(fake: FakeServer, agent: djinn.Session) -> None:
     fake.add_reply("spirits of fire")
     fake.hold_tokens(7)

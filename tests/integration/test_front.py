@@ -3,93 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import generate_latest
 
-from djinn.v1 import control_service_pb2 as control_pb
 from djinn.v1 import inference_service_pb2 as pb
-from djinn.v1 import inference_service_pb2_grpc as pb_grpc
-from services.common.errors import ConfigError, DjinnError, EngineLostError
+from services.common.errors import ConfigError, EngineLostError
 from services.common.session_token import SessionToken
 from services.common.status import error_from_rpc
 from services.common.telemetry import Telemetry
-from services.worker.config import EngineConfig, WorkerConfig
 from services.worker.front.app import Front
 from tests.support import fake_engine
-from tests.support.fake_scheduler import FakeScheduler, WorkerStream
-from tests.support.text_model import byte_tokenizer, write_text_model
+from tests.support.front import CONFIG, ENGINE, Running, request, serving, tokens_of
 
-ENGINE = EngineConfig(model="dummy:fake", report_interval_s=0.02)
-CONFIG = WorkerConfig(engine=ENGINE, port=0, metrics_port=0)
-EVICT: dict[str, Any] = {"evict": control_pb.EvictAction()}
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 NOT_SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
-@dataclass
-class Running:
-    """A front that serves."""
-
-    front: Front
-    stop: asyncio.Event
-    task: asyncio.Task[int]
-    address: str
-    channel: grpc.aio.Channel
-    stub: Any
-
-    async def generate(self, session: str = "s", **fields: Any) -> list[pb.GenerateResponse]:
-        return [response async for response in self.stub.Generate(request(session, **fields))]
-
-    async def error_of(self, **fields: Any) -> DjinnError:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await self.generate(**fields)
-        error = error_from_rpc(caught.value)
-        assert error is not None, caught.value
-        return error
-
-
-def request(session: str = "s", *, token: bool = True, **fields: Any) -> pb.GenerateRequest:
-    if isinstance(fields.get("append_token_ids"), list):
-        fields["append_token_ids"] = pb.TokenIds(ids=fields["append_token_ids"])
-    if isinstance(fields.get("full_context"), list):
-        fields["full_context"] = pb.TokenIds(ids=fields["full_context"])
-    if token:
-        fields.setdefault("session_token", SessionToken(session).encode())
-    return pb.GenerateRequest(session_id=session, **fields)
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    config: WorkerConfig = CONFIG, telemetry: Telemetry | None = None
-) -> AsyncIterator[Running]:
-    stop = asyncio.Event()
-    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    front = Front(config, fake_engine.run, telemetry or Telemetry())
-    task = asyncio.create_task(front.run(stop, ready.set_result))
-    task.add_done_callback(lambda _: ready.done() or ready.cancel())
-    await asyncio.wait([ready])
-    if task.done():
-        task.result()
-    async with grpc.aio.insecure_channel(ready.result()) as channel:
-        yield Running(
-            front, stop, task, ready.result(), channel, pb_grpc.InferenceServiceStub(channel)
-        )
-        stop.set()
-        with contextlib.suppress(DjinnError):
-            await task
+async def health_watch(worker: Running) -> Any:
+    stub: Any = health_pb2_grpc.HealthStub(worker.channel)  # its types know no Watch
+    return stub.Watch(health_pb2.HealthCheckRequest(service="djinn.v1.InferenceService"))
 
 
 @pytest.fixture
@@ -102,15 +41,6 @@ async def worker() -> AsyncIterator[Running]:
 async def shared_worker() -> AsyncIterator[Running]:
     async with serving() as running:
         yield running
-
-
-async def health_watch(worker: Running) -> Any:
-    stub: Any = health_pb2_grpc.HealthStub(worker.channel)  # its types know no Watch
-    return stub.Watch(health_pb2.HealthCheckRequest(service="djinn.v1.InferenceService"))
-
-
-def tokens_of(responses: list[pb.GenerateResponse]) -> list[int]:
-    return [i for r in responses if r.WhichOneof("event") == "delta" for i in r.delta.token_ids]
 
 
 async def test_generate_streams_started_deltas_and_finished(worker: Running) -> None:
@@ -339,165 +269,3 @@ async def test_a_busy_port_is_refused_before_the_engine_starts(worker: Running) 
         await Front(replace(CONFIG, port=port), fake_engine.run, Telemetry()).run(
             asyncio.Event(), lambda address: None
         )
-
-
-# --- text ---
-
-
-@pytest.fixture
-async def text_worker(tmp_path: Path) -> AsyncIterator[Running]:
-    folder = write_text_model(tmp_path / "model", bos=True)
-    config = replace(CONFIG, engine=replace(ENGINE, model=str(folder)))
-    async with serving(config) as running:
-        yield running
-
-
-def text_of(responses: list[pb.GenerateResponse]) -> str:
-    return "".join(r.delta.text for r in responses if r.WhichOneof("event") == "delta")
-
-
-async def test_text_is_tokenized_and_detokenized(text_worker: Running) -> None:
-    prompt = "héllo €"
-    size = len(prompt.encode())
-    responses = await text_worker.generate(append_text=prompt, max_tokens=size + 1)
-    # The echo begins with the begin-of-sequence token, which gives no text.
-    assert len(responses[0].started.appended_token_ids) == size + 1
-    assert text_of(responses) == prompt
-    again = await text_worker.generate(append_text=prompt, max_tokens=size)
-    assert len(again[0].started.appended_token_ids) == size
-    assert text_of(again) == prompt
-
-
-async def test_a_stop_string_cuts_text_and_context(text_worker: Running) -> None:
-    responses = await text_worker.generate(
-        append_text="one STOP two", max_tokens=100, stop_strings=["STOP", "never"]
-    )
-    assert text_of(responses) == "one "
-    finished = responses[-1].finished
-    assert finished.reason == pb.FINISH_REASON_STOP
-    assert finished.stop_string == "STOP"
-    # Begin-of-sequence token and "one STOP".
-    assert tokens_of(responses) == list(responses[0].started.appended_token_ids[:9])
-    assert finished.context_length == 13 + 9
-    assert finished.usage.completion_tokens == 9
-
-
-async def test_a_chat_continues_turn_by_turn(text_worker: Running) -> None:
-    turns = pb.ChatTurns(turns=[pb.ChatTurn(role="user", content="hi")])
-    first = await text_worker.generate(append_chat=turns, max_tokens=3)
-    second = await text_worker.generate(append_chat=turns, max_tokens=1000 - 200)
-    tokenizer = byte_tokenizer()
-    texts = [
-        tokenizer.decode(list(r[0].started.appended_token_ids), skip_special_tokens=False)
-        for r in (first, second)
-    ]
-    assert texts[0] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    # The first answer was cut off by max_tokens, so its turn is closed first.
-    assert texts[1] == "<|im_end|>\n" + texts[0]
-    # The echo of the second contains the end-of-turn token, which ends the generation.
-    assert second[-1].finished.reason == pb.FINISH_REASON_STOP
-    third = await text_worker.generate(append_chat=turns, max_tokens=1)
-    text = tokenizer.decode(list(third[0].started.appended_token_ids), skip_special_tokens=False)
-    assert text == "\n" + texts[0]
-
-
-# --- with a scheduler ---
-
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-SPAN = "b7ad6b7169203331"
-TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
-
-
-@dataclass
-class Scheduled:
-    """A front with a scheduler that is the test, and the spans that it recorded."""
-
-    worker: Running
-    scheduler: FakeScheduler
-    stream: WorkerStream
-    spans: InMemorySpanExporter
-
-
-@pytest.fixture
-async def scheduled() -> AsyncIterator[Scheduled]:
-    spans = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(spans))
-    scheduler = FakeScheduler()
-    async with scheduler.serving() as port:
-        config = replace(CONFIG, scheduler=f"127.0.0.1:{port}", advertised_endpoint="gpu-1:7")
-        async with serving(config, Telemetry(provider)) as worker:
-            stream = await scheduler.streams.get()
-            stream.welcome(interval_s=0.02)
-            yield Scheduled(worker, scheduler, stream, spans)
-
-
-async def test_a_session_lives_by_commands_events_and_reports(scheduled: Scheduled) -> None:
-    worker, stream = scheduled.worker, scheduled.stream
-    hello = await stream.next("hello")
-    assert hello.advertised_endpoint == "gpu-1:7"
-    assert hello.capacity.device_blocks == 100
-    stream.command("open", scheduler_record=b"r", open=control_pb.OpenAction())
-    assert (await stream.next("result")).status.code == 0
-    # Known by command, so no token is needed.
-    await worker.generate(token=False, append_token_ids=[1, 2], max_tokens=2)
-    event = await stream.next("session_event")
-    assert event.type == control_pb.SESSION_EVENT_TYPE_GENERATE_STARTED
-    event = await stream.next("session_event")
-    assert event.type == control_pb.SESSION_EVENT_TYPE_GENERATE_FINISHED
-    assert (event.session.context_length, event.session.scheduler_record) == (4, b"r")
-    stream.command("evict", expected_generation=event.session.generation, **EVICT)
-    result = await stream.next("result")
-    assert (result.moved_bytes, result.resident_blocks) == (4096, 1)
-    assert not result.kv.resident
-    stream.command("stale", expected_generation=1, **EVICT)
-    assert (await stream.next("result")).status.code == 9
-    assert (await stream.next("memory_report")).sessions == 1
-    stream.command("close", close=control_pb.CloseAction())
-    assert (await stream.next("result")).status.code == 0
-    error = await worker.error_of(token=False, append_token_ids=[1])
-    assert error.reason == "SESSION_UNKNOWN"
-
-
-async def test_a_call_and_a_command_continue_their_traces(scheduled: Scheduled) -> None:
-    stream, stub = scheduled.stream, scheduled.worker.stub
-    call = stub.Generate(
-        request(append_token_ids=[1], max_tokens=2), metadata=(("traceparent", TRACEPARENT),)
-    )
-    assert len([response async for response in call]) >= 3
-    stream.command("evict", traceparent=TRACEPARENT, **EVICT)
-    await stream.next("result")
-    spans = {span.name: span for span in scheduled.spans.get_finished_spans()}
-    assert set(spans) == {"generate", "queue", "prefill", "kv.restore", "kv.evict"}
-    for span in spans.values():
-        assert trace.format_trace_id(span.context.trace_id) == TRACE
-    for name in ("generate", "kv.evict"):
-        parent = spans[name].parent
-        assert parent is not None
-        assert trace.format_span_id(parent.span_id) == SPAN
-    assert [event.name for event in spans["generate"].events] == ["first_token"]
-
-
-async def test_the_worker_serves_while_its_scheduler_is_gone(scheduled: Scheduled) -> None:
-    scheduled.stream.end()
-    assert tokens_of(await scheduled.worker.generate(append_token_ids=[1], max_tokens=2)) == [1, 1]
-    again = await scheduled.scheduler.streams.get()
-    hello = await again.next("hello")
-    assert [session.session_id for session in hello.snapshot] in (["s"], [])
-
-
-async def test_draining_tells_the_scheduler(scheduled: Scheduled) -> None:
-    call = scheduled.worker.stub.Generate(request(append_token_ids=[fake_engine.HANG]))
-    await call.read()
-    scheduled.worker.stop.set()
-    again = await scheduled.scheduler.streams.get()
-    hello = await again.next("hello")
-    assert hello.draining
-    assert [session.generating for session in hello.snapshot] == [True]
-    call.cancel()
-    assert await scheduled.worker.task == 0
-
-
-async def test_a_worker_whose_scheduler_was_never_there_serves() -> None:
-    async with serving(replace(CONFIG, scheduler="127.0.0.1:1")) as worker:
-        assert tokens_of(await worker.generate(append_token_ids=[1], max_tokens=2)) == [1, 1]

@@ -225,13 +225,20 @@ class Engine:
 
     def _stop_at(self, message: StopAt) -> None:
         session = self._requests.get(message.request_id)
-        if session is None or session.request is None:
+        if session is None:
+            # It ended by itself meanwhile, with more tokens than the client was given.
+            for idle in self.sessions.values():
+                if idle.request is None and idle.last_request_id == message.request_id:
+                    self._cut(idle, message.context_length)
             return
-        length = max(message.context_length, session.request.prompt_length)
+        assert session.request is not None
+        self._cut(session, max(message.context_length, session.request.prompt_length))
+        self._finish(session, FinishReason.STOP)
+
+    def _cut(self, session: Session, length: int) -> None:
         if length < len(session.tokens):
             session.cut(length, self._blocks.block_size_tokens)
             self._blocks.truncate(session.kv, length)
-        self._finish(session, FinishReason.STOP)
 
     # --- turns -----------------------------------------------------------------------------------
 

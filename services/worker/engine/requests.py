@@ -91,6 +91,7 @@ def end(session: Session) -> Request:
     request = session.request
     assert request is not None
     session.request = None
+    session.last_request_id = request.request_id
     session.generation += 1
     session.source = KvSource()
     session.last_generate_ns = session.used_ns = time.time_ns()

@@ -60,6 +60,7 @@ class Session:
         kv: Its blocks.
         generation: Bumped at the start and at the end of every request.
         request: The one that runs or waits.
+        last_request_id: Of the one that ended last; empty before.
         loading: Tickets that its blocks wait for.
         used_ns: When it was last held, ran or was told to wake.
         last_generate_ns: End of its last request.
@@ -76,6 +77,7 @@ class Session:
     kv: BlockTable = field(default_factory=BlockTable)
     generation: int = 0
     request: Request | None = None
+    last_request_id: str = ""
     loading: set[CopyTicket] = field(default_factory=set)
     used_ns: int = 0
     last_generate_ns: int | None = None

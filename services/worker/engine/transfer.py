@@ -54,7 +54,7 @@ class CopyJob:
         priority: Smaller is launched first; equal ones in order of submission.
         after: Events that must be reached before the first byte is read or written.
         start_ns: Wall clock when its stream came to it; 0 before.
-        end_ns: Wall clock when it was seen to be done; 0 before.
+        end_ns: Wall clock when it was done, or on a GPU was seen to be; 0 before.
     """
 
     source: torch.Tensor
@@ -69,6 +69,11 @@ class CopyJob:
     def size_bytes(self) -> int:
         """Bytes of all runs."""
         return sum(run.size_bytes for run in self.runs)
+
+    @property
+    def on_gpu(self) -> bool:
+        """True if the copy goes on after the call that launches it has returned."""
+        return self.source.is_cuda or self.destination.is_cuda
 
 
 def coalesce(pairs: Iterable[tuple[int, int]], block_bytes: int) -> tuple[Run, ...]:
@@ -147,7 +152,8 @@ class Transfers:
             while lane.launched and lane.launched[0][1].query():
                 job, _ = lane.launched.popleft()
                 lane.launched_bytes -= job.size_bytes
-                job.end_ns = time.time_ns()
+                if job.on_gpu:
+                    job.end_ns = time.time_ns()
                 done.append(job)
             self._launch(lane)
         return done
@@ -173,3 +179,4 @@ def _copy(job: CopyJob) -> None:
         job.destination[run.destination : run.destination + run.size_bytes].copy_(
             job.source[run.source : run.source + run.size_bytes], non_blocking=True
         )
+    job.end_ns = time.time_ns()

@@ -116,7 +116,7 @@ class SpanRecorder:
             "gen_ai.request.model": self._model,
             "gen_ai.conversation.id": submit.session_id,
             "gen_ai.usage.output_tokens": generation.token_count,
-            "djinn.request_id": submit.request_id,
+            "djinn.request.id": submit.request_id,
         }
         if submit.max_tokens is not None:
             attributes["gen_ai.request.max_tokens"] = submit.max_tokens

@@ -29,6 +29,7 @@ def start() -> Iterator[Start]:
     def run(program: str, **environ: str) -> subprocess.Popen[str]:
         child = subprocess.Popen(
             [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -72,17 +73,31 @@ def test_a_signal_lets_the_program_drain_and_end_well(start: Start, number: int)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once_without_a_traceback(start: Start, number: int) -> None:
+def test_an_interrupt_while_draining_ends_it_at_once_without_a_traceback(
+    start: Start, number: int
+) -> None:
     child = start(DRAINING.format(then="await asyncio.Event().wait()"))
     first_line(child)
 
     child.send_signal(number)
     assert first_line(child) == "draining"
-    child.send_signal(number)
+    child.send_signal(signal.SIGINT)
     _, err = child.communicate()
 
     assert child.returncode == 130
     assert "Traceback" not in err
+
+
+def test_a_repeated_sigterm_does_not_cut_the_drain_short(start: Start) -> None:
+    child = start(DRAINING.format(then="sys.stdin.readline(); print('drained')"))
+    first_line(child)
+
+    child.send_signal(signal.SIGTERM)
+    assert first_line(child) == "draining"
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate("\n")
+
+    assert (child.returncode, out) == (0, "drained\n")
 
 
 def test_a_config_error_is_one_line_and_code_2(start: Start) -> None:

@@ -116,6 +116,14 @@ def test_malformed_yaml_names_its_line():
     assert problem("workload: [1,\n  2\n").startswith("w.yaml:3: not valid YAML: ")
 
 
+STRANGE = ["a: 2020-13-45", "[" * 5000, "a: &x {a: *x}", "a: 0b", "? {a: 1}"]
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_strange_yaml_is_refused_in_one_line(text):
+    assert problem(text).startswith("w.yaml")
+
+
 def test_missing_and_unreadable_files_are_one_line_errors(tmp_path):
     with pytest.raises(WorkloadError, match=r"nowhere\.yaml: No such file or directory"):
         config.load(tmp_path / "nowhere.yaml")

@@ -253,6 +253,16 @@ def test_a_stop_string_cuts_the_context(harness: EngineHarness) -> None:
     assert harness.generate("a", [4]) == continuation([*log, 4], 4)
 
 
+def test_a_stop_string_that_comes_too_late_cuts_the_context_all_the_same(
+    harness: EngineHarness,
+) -> None:
+    harness.generate("a", PROMPT, 4)
+    harness.engine.handle(StopAt("r1", len(PROMPT) + 2))
+    log = PROMPT + continuation(PROMPT, 2)
+    assert harness.session("a").tokens == log
+    assert harness.generate("a", [4]) == continuation([*log, 4], 4)
+
+
 def test_a_stop_token_ends_the_generation_and_stays_in_the_context(
     harness: EngineHarness,
 ) -> None:
