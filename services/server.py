@@ -115,9 +115,10 @@ def parser() -> argparse.ArgumentParser:
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--host-swap-pool-gb",
-        type=flags.positive_float,
+        "--host-pool-gib",
+        type=flags.non_negative_float,
         metavar="GIB",
-        help="size of the pinned host pool in GiB",
+        help="size of the pinned host pool in GiB; 0: none, what does not fit is recomputed",
     )
     memory.add_argument("--device-pool-gib", type=flags.positive_float, metavar="GIB")
     memory.add_argument(

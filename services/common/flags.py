@@ -14,6 +14,13 @@ from services.common.logs import LEVELS
 _Number = TypeVar("_Number", int, float)
 
 
+class _KnownDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default unless it is None, of which the help text tells what it means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help shows the defaults and whose errors are one line, exit code 2."""
 
@@ -27,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_KnownDefaults,
             allow_abbrev=False,
         )
 

@@ -86,9 +86,13 @@ class MetricsServer:
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
 
     async def _serve_vmu(self, request: web.Request) -> web.Response:
-        return web.json_response(self._vmu(), dumps=json.dumps)
+        return web.json_response(self._vmu(), dumps=_line)
 
     async def _serve_healthz(self, request: web.Request) -> web.Response:
         if self._healthy():
             return web.Response(text="ok\n")
         return web.Response(text="not serving\n", status=503)
+
+
+def _line(document: object) -> str:
+    return json.dumps(document) + "\n"

@@ -138,7 +138,7 @@ async def test_a_gpu_that_is_not_there_ends_the_server_before_it_starts_anything
     ("line", "message"),
     [
         ("--gpu -1", "argument --gpu: -1 is not a whole number of at least 0"),
-        ("--host-swap-pool-gb 0", "argument --host-swap-pool-gb: 0 is not a number above 0"),
+        ("--host-swap-pool-gb -1", "argument --host-swap-pool-gb/--host-pool-gib: -1"),
         ("--idle-threshold-seconds nan", "nan is not a number above 0"),
         ("--port x", "argument --port: 'x' is not a port from 0 to 65535"),
     ],

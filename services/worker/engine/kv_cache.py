@@ -24,7 +24,9 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
-        pool = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        # On a CPU the pages come when they are first written, which takes no time at start.
+        allocate = torch.empty if device.type == "cpu" else torch.zeros
+        pool = allocate(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
         self.bytes = pool.view(-1)
         self.kv = layout.view(pool)
 

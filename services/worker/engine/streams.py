@@ -16,8 +16,6 @@ from typing import Protocol
 
 Work = Callable[[], None]
 
-_NICENESS = 10
-
 
 class Event(Protocol):
     """A point in a stream."""
@@ -106,8 +104,7 @@ class CpuStream:
     """A thread that stands in for a CUDA stream.
 
     A piece of work that raises fails every event recorded after it, as a CUDA error does.
-    `wakeup` is set whenever an event is reached. The thread, and those that torch starts for its
-    work, give way to others: a GPU would take no processor time from the rest of the system.
+    `wakeup` is set whenever an event is reached.
     """
 
     def __init__(self, name: str, wakeup: Wakeup) -> None:
@@ -137,7 +134,6 @@ class CpuStream:
         self._thread.join()
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (item := self._queue.get()) is not None:
             if isinstance(item, CpuEvent):
                 item._reach(self._failure)

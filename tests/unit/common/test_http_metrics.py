@@ -63,7 +63,7 @@ async def test_the_json_is_made_anew_for_each_request(rig: Rig) -> None:
     rig.vmu = {"status": "ok", "semantic_scheduler": {"swap_pool": {"swaps_performed": 5}}}
     second = await rig.get("/metrics/vmu")
 
-    assert first == (200, "application/json; charset=utf-8", '{"status": "ok"}')
+    assert first == (200, "application/json; charset=utf-8", '{"status": "ok"}\n')
     assert '"swaps_performed": 5' in second[2]
 
 

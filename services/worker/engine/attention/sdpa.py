@@ -26,6 +26,8 @@ from services.worker.engine.tensors import upload
 # starts a group of its own, unless the difference is below the token count.
 _PADDING_SHARE = 0.25
 _PADDING_TOKENS = 64
+# Most that a group gathers at once; a single sequence may need more.
+_GATHER_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,12 @@ class _SdpaPlan:
     chunks: list[_Chunk]
 
 
-def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Groups sequences so that padding each group to its longest wastes little.
 
     Args:
         lengths: Length of each sequence in tokens.
+        most_tokens: Most tokens of a group, padding included, unless it is one sequence.
 
     Returns:
         Indices into `lengths`, each once; one group in the given order if one is enough.
@@ -93,12 +96,13 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
         return []
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
-    shortest_allowed = 0.0
+    longest, shortest_allowed = 0, 0.0
     for i in order:
-        if not groups or lengths[i] < shortest_allowed:
+        full = groups and (len(groups[-1]) + 1) * longest > most_tokens
+        if not groups or full or lengths[i] < shortest_allowed:
             groups.append([])
-            slack = max(lengths[i] * _PADDING_SHARE, _PADDING_TOKENS)
-            shortest_allowed = lengths[i] - slack
+            longest = lengths[i]
+            shortest_allowed = longest - max(longest * _PADDING_SHARE, _PADDING_TOKENS)
         groups[-1].append(i)
     return [sorted(group) for group in groups]
 
@@ -124,6 +128,7 @@ class SdpaBackend:
         # The pool as rows of one token, and of one block, in one layer's K or V.
         self._token_rows = kv.view(-1, row)
         self._block_rows = kv.view(-1, layout.block_size_tokens * row)
+        self._group_tokens = _GATHER_BYTES // (2 * row * kv.element_size())
         self._gathered = torch.empty(0, dtype=kv.dtype, device=spec.device)
         halves = 2 * layout.num_layers
         self._halves: npt.NDArray[np.int64] = np.arange(halves, dtype=np.int64).reshape(-1, 2)
@@ -134,7 +139,7 @@ class SdpaBackend:
         rows = self._rows(block) * self._layout.block_size_tokens + offset
         groups = [
             self._plan_decodes(step, members)
-            for members in group_by_length(step.kv_lengths[: step.num_decodes])
+            for members in group_by_length(step.kv_lengths[: step.num_decodes], self._group_tokens)
         ]
         chunks = []
         start = step.num_decodes

@@ -130,15 +130,18 @@ def test_blocks_shared_by_two_sequences_serve_both() -> None:
     attend([first, second], [1, 1], 4, 2, 8)
 
 
-@given(st.lists(st.integers(1, 5000), max_size=40))
-def test_grouping_takes_each_sequence_once_and_wastes_little(lengths: list[int]) -> None:
-    groups = group_by_length(lengths)
+@given(st.lists(st.integers(1, 5000), max_size=40), st.integers(1, 50_000))
+def test_grouping_takes_each_sequence_once_and_wastes_little(
+    lengths: list[int], most_tokens: int
+) -> None:
+    groups = group_by_length(lengths, most_tokens)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         longest = max(lengths[i] for i in group)
         assert all(longest - lengths[i] <= max(longest / 4, 64) for i in group)
+        assert len(group) == 1 or len(group) * longest <= most_tokens
 
 
 @pytest.mark.parametrize("lengths", [[5], [600, 590, 610], [64, 1]])
 def test_like_lengths_stay_one_group_in_order(lengths: list[int]) -> None:
-    assert group_by_length(lengths) == [list(range(len(lengths)))]
+    assert group_by_length(lengths, 10_000) == [list(range(len(lengths)))]
