@@ -32,7 +32,7 @@ class BlockManager:
 
     Args:
         device_slots: Slots in the device pool.
-        host_slots: Slots in the host pool; may be 0.
+        host_slots: Slots in the host pool that can be used by now; may be 0.
         block_size_tokens: Tokens per block.
     """
 
@@ -335,6 +335,10 @@ class BlockManager:
     def touch(self, slots: Iterable[int], fence: Event) -> None:
         """Makes the next load into these device slots wait for `fence` (rule 7)."""
         self._device.touch(slots, fence)
+
+    def grow_host(self, slots: int) -> None:
+        """Lets the first `slots` slots of the host pool be used."""
+        self._host.grow(slots)
 
     def give_up_copies(self, target_free: int) -> None:
         """Frees host copies that cost nobody's KV until `target_free` host slots are free."""

@@ -247,6 +247,12 @@ class Engine:
         """True if nothing is under way: no request, no step and no copy."""
         return not self._requests and self._step is None and not self._mover.tickets()
 
+    def grow_host(self, blocks: int) -> None:
+        """Lets the first `blocks` blocks of the host pool be used."""
+        if blocks > self._blocks.host_slots:
+            self._blocks.grow_host(blocks)
+            self._mover.store_stranded()
+
     def turn(self) -> None:
         """Collects what is done and starts what can be."""
         done = self._mover.poll()

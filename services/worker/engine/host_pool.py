@@ -1,32 +1,41 @@
-"""The host's half of the KV: one arena, allocated once."""
+"""The host's half of the KV: one arena, allocated once and pinned while requests are served."""
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from services.common.errors import ConfigError
 
+_CHUNK_BYTES = 1 << 30
+
+Pin = Callable[[int, int], None]
+"""Makes host memory fit for asynchronous copies, given its address and size in bytes."""
+
 
 class HostPool:
     """Host memory for `num_blocks` blocks, by anonymous mapping.
 
     torch's own pinned allocator rounds each request up to a power of two, so the memory is mapped
-    here and the driver told of it.
+    here and the driver told of it. That takes a third of a second per GiB, so a thread does it,
+    chunk by chunk, and `usable_blocks` grows meanwhile. A chunk is whole blocks and whole pages.
 
     Args:
         num_blocks: Blocks; may be 0.
         block_bytes: Bytes of a block.
-        pin: Register the memory with the CUDA driver, so that copies are asynchronous.
+        pin: Called for each chunk, in order; None: the memory needs no pinning.
 
     Raises:
         ConfigError: The machine has not that much memory.
     """
 
-    def __init__(self, num_blocks: int, block_bytes: int, *, pin: bool) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, *, pin: Pin | None) -> None:
         size_bytes = num_blocks * block_bytes
         limit_bytes = memory_limit_bytes()
         if size_bytes > limit_bytes:
@@ -34,28 +43,66 @@ class HostPool:
                 f"--host-pool-gib {size_bytes / 2**30:.1f}: this machine has "
                 f"{limit_bytes / 2**30:.1f} GiB of memory"
             )
-        self._pinned = False
+        self.num_blocks = num_blocks
+        self._block_bytes = block_bytes
         self._map = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE))
         self._map.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(self._map, dtype=torch.uint8, count=max(size_bytes, 1))
         self.bytes = flat[:size_bytes]
-        if pin and size_bytes:
-            self._register()
+        self._usable = num_blocks if pin is None else 0
+        self._failure: ConfigError | None = None
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        if pin is not None and num_blocks:
+            self._thread = threading.Thread(target=self._pin, args=(pin,), name="pin", daemon=True)
+            self._thread.start()
+
+    @property
+    def usable_blocks(self) -> int:
+        """How many blocks, from the first, may be copied to and from by now.
+
+        Raises:
+            ConfigError: The driver would not pin the rest.
+        """
+        if self._failure is not None:
+            raise self._failure
+        return self._usable
+
+    def chunk_blocks(self) -> int:
+        """Returns the blocks per chunk, so that a chunk is whole pages and about a GiB."""
+        whole = math.lcm(self._block_bytes, mmap.PAGESIZE)
+        return max(1, _CHUNK_BYTES // whole) * whole // self._block_bytes
 
     def close(self) -> None:
-        """Frees the memory's registration with the driver; nothing may be copying."""
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
-            self._pinned = False
+        """Stops pinning and waits for the chunk under way."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
 
-    def _register(self) -> None:
-        status = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.bytes.numel(), 0)
-        if int(status) != 0:
-            raise ConfigError(
-                f"--host-pool-gib {self.bytes.numel() / 2**30:.1f}: the driver would not pin it "
-                f"(CUDA error {int(status)}); is `ulimit -l` unlimited?"
-            )
-        self._pinned = True
+    def _pin(self, pin: Pin) -> None:
+        while self._usable < self.num_blocks and not self._closing.is_set():
+            blocks = min(self.chunk_blocks(), self.num_blocks - self._usable)
+            first = self._usable * self._block_bytes
+            try:
+                pin(self.bytes.data_ptr() + first, blocks * self._block_bytes)
+            except ConfigError as failure:
+                self._failure = failure
+                return
+            self._usable += blocks
+
+
+def pin_for_cuda(address: int, size_bytes: int) -> None:
+    """Registers host memory with the CUDA driver; the interpreter is free meanwhile.
+
+    Raises:
+        ConfigError: The driver refuses.
+    """
+    status = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0))
+    if status != 0:
+        raise ConfigError(
+            f"--host-pool-gib: the driver would not pin {size_bytes / 2**30:.1f} GiB more "
+            f"(CUDA error {status}); is `ulimit -l` unlimited?"
+        )
 
 
 def memory_limit_bytes() -> int:

@@ -184,7 +184,7 @@ class KvMover:
                 self.counters.stored_bytes += job.size_bytes
             tickets.append(ticket)
         if tickets:
-            self._store_stranded()
+            self.store_stranded()
         return tickets
 
     def tickets(self) -> list[CopyTicket]:
@@ -242,7 +242,8 @@ class KvMover:
         self._job_of[ticket] = job
         self._transfers.submit(job, to_device=to_device)
 
-    def _store_stranded(self) -> None:
+    def store_stranded(self) -> None:
+        """Tries again to store evicted sessions that the host had no room for."""
         for session in list(self._stranded):
             if not self.blocks.available_host():
                 return
@@ -287,7 +288,7 @@ class KvMover:
             if not session.kv.held and session.kv.blocks:
                 self.drop(session)
                 dropped.append(session)
-                self._store_stranded()
+                self.store_stranded()
         return evicted, dropped
 
     def coming(self) -> int:

@@ -20,7 +20,7 @@ from services.worker.config import EngineConfig
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.cuda_streams import CudaStream
 from services.worker.engine.engine import Engine, EngineLimits
-from services.worker.engine.host_pool import HostPool
+from services.worker.engine.host_pool import HostPool, pin_for_cuda
 from services.worker.engine.kv_cache import KVCache
 from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.kv_mover import KvMover
@@ -76,7 +76,7 @@ def build(config: EngineConfig, wakeup: Wakeup, report: Callable[[str, float], N
     report("allocating the pools", 0.0)
     on_gpu = loaded.device.type == "cuda"
     cache = KVCache(layout, sizes.device_blocks, loaded.device)
-    host = HostPool(sizes.host_blocks, layout.block_bytes, pin=on_gpu)
+    host = HostPool(sizes.host_blocks, layout.block_bytes, pin=pin_for_cuda if on_gpu else None)
     compute, loads, stores = (
         _stream(name, loaded.device, wakeup) for name in ("compute", "load", "store")
     )
@@ -84,7 +84,7 @@ def build(config: EngineConfig, wakeup: Wakeup, report: Callable[[str, float], N
     report("warming up", 0.0)
     runner.warm_up()
     mover = KvMover(
-        BlockManager(sizes.device_blocks, sizes.host_blocks, layout.block_size_tokens),
+        BlockManager(sizes.device_blocks, host.usable_blocks, layout.block_size_tokens),
         Transfers(loads, stores),
         cache.bytes,
         host.bytes,
@@ -172,6 +172,7 @@ def _loop(
         _receive(engine, socket)
         if engine.stopping:
             break
+        engine.grow_host(built.host.usable_blocks)
         engine.turn()
         now = time.monotonic()
         if now >= report_due:

@@ -83,14 +83,21 @@ class HostSlots:
     or it is held on the device, where it only becomes dirty again.
 
     Args:
-        total: Slots in the pool.
+        total: Slots in the pool so far.
     """
 
     def __init__(self, total: int) -> None:
-        self.total = total
-        self.free = list(range(total))
+        self.total = 0
+        self.free: list[int] = []
+        self.grow(total)
         self._unreferenced: OrderedDict[Block, None] = OrderedDict()
         self._held: OrderedDict[Block, None] = OrderedDict()
+
+    def grow(self, total: int) -> None:
+        """Adds free slots until there are `total`."""
+        for slot in range(self.total, total):
+            heapq.heappush(self.free, slot)
+        self.total = max(self.total, total)
 
     @property
     def spare(self) -> int:

@@ -231,3 +231,15 @@ def test_hashes_extend_what_is_known() -> None:
     for length in range(13):
         hash_blocks(tokens[:length], SIZE, b"", grown)
     assert grown == whole
+
+
+def test_host_slots_come_as_they_are_pinned() -> None:
+    blocks = manager(host=0)
+    table = filled(blocks, 2 * SIZE)
+    assert blocks.store(table.blocks, give_up_copies=True) is None
+    blocks.grow_host(1)
+    blocks.grow_host(1)
+    ticket = blocks.store(table.blocks, give_up_copies=True)
+    assert ticket is not None
+    assert [copy.host for copy in ticket.copies] == [0]
+    blocks.check_integrity([table], [ticket])

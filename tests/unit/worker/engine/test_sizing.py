@@ -7,7 +7,6 @@ import torch
 
 from services.common.errors import ConfigError
 from services.worker.config import EngineConfig
-from services.worker.engine.host_pool import HostPool, memory_limit_bytes
 from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.sizing import choose_block_size, choose_sizes
 
@@ -60,20 +59,6 @@ def test_what_cannot_be_is_refused_by_name(fields: dict[str, object], told: str)
         choose_sizes(config(**fields), LAYOUT, 4096, CPU)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_host_pool_larger_than_the_machine_is_refused() -> None:
-    block_bytes = 1 << 20
-    with pytest.raises(ConfigError, match="this machine has"):
-        HostPool(memory_limit_bytes() // block_bytes + 1, block_bytes, pin=False)
-
-
-def test_a_host_pool_is_flat_and_writable() -> None:
-    pool = HostPool(3, 1000, pin=False)
-    pool.bytes.fill_(7)
-    assert pool.bytes.shape == (3000,)
-    assert int(pool.bytes.sum()) == 21000
-    assert HostPool(0, 1000, pin=False).bytes.numel() == 0
 
 
 def test_a_layout_s_view_shares_the_pool() -> None:
