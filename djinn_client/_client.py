@@ -23,6 +23,7 @@ from djinn_client._errors import (
 )
 from djinn_client._retry import RetryPolicy
 from djinn_client._session import Session
+from djinn_client._state import SessionState
 from djinn_client._types import ModelInfo, SessionInfo
 
 _PAGE_SIZE = 1000
@@ -122,13 +123,15 @@ class Client:
             expected_prompt_tokens: Tokens the first prompt will have, for placement; 0: unknown.
         """
         return Session(
-            self._core,
-            name=name,
-            session_id=session_id,
-            priority=priority,
-            fork_of=fork_of,
-            model=model,
-            expected_prompt_tokens=expected_prompt_tokens,
+            SessionState(
+                self._core,
+                name=name,
+                session_id=session_id,
+                priority=priority,
+                fork_of=None if fork_of is None else fork_of._state,
+                model=model,
+                expected_prompt_tokens=expected_prompt_tokens,
+            )
         )
 
     async def sessions(self, *, all_tenants: bool = False) -> list[SessionInfo]:

@@ -33,7 +33,7 @@ from djinn_client._signals import PhaseSender
 from djinn_client._types import ModelInfo
 
 if TYPE_CHECKING:
-    from djinn_client._session import Session
+    from djinn_client._state import SessionState
 
 _log = logging.getLogger("djinn_client")
 
@@ -102,7 +102,7 @@ class Core:
             answer_timeout_s=min(timeout_s, _ANSWER_TIMEOUT_S),
             on_answer=self._on_signal_answer,
         )
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, SessionState] = {}
         self.signal_patience_s = min(timeout_s, _SIGNAL_PATIENCE_S)
         self._workers: dict[str, inference_service_pb2_grpc.InferenceServiceAsyncStub] = {}
         self._epoch = ""
@@ -197,7 +197,7 @@ class Core:
         )
         return _convert.model_from_proto(answer.model)
 
-    async def eos_token_ids(self, session: Session, deadline: Deadline) -> frozenset[int]:
+    async def eos_token_ids(self, session: SessionState, deadline: Deadline) -> frozenset[int]:
         """Returns the ids that end a session's generations by themselves; asked for until known.
 
         Raises:
@@ -219,7 +219,7 @@ class Core:
             session.eos_token_ids = frozenset(answer.model.eos_token_ids)
         return session.eos_token_ids
 
-    async def relearn_endpoint(self, session: Session, deadline: Deadline) -> None:
+    async def relearn_endpoint(self, session: SessionState, deadline: Deadline) -> None:
         """Asks the scheduler where a session is now; without an answer it stays where it was."""
         timeout_s = deadline.remaining_s(min(self.timeout_s, _RELEARN_TIMEOUT_S))
         try:
@@ -235,7 +235,9 @@ class Core:
                 return
             await self._reopen(session, timeout_s)
 
-    async def _reopen(self, session: Session, timeout_s: float) -> None:
+    async def _reopen(self, session: SessionState, timeout_s: float) -> None:
+        if not session.is_open:
+            return
         try:
             answer = await self.call(
                 self.agents.OpenSession,
@@ -244,6 +246,10 @@ class Core:
             )
         except DjinnError as error:
             _log.debug("session %s: %s", session.session_id, error.message)
+            return
+        if self.sessions.get(session.session_id) is not session:
+            # It was closed meanwhile, perhaps before this opened it again.
+            self.in_background(session.say_closed)
             return
         session.on_opened(answer)
         self.note_epoch(answer.scheduler_epoch)
@@ -265,7 +271,7 @@ class Core:
 
     async def aclose(self) -> None:
         """Closes the sessions still open, then the channels."""
-        await asyncio.gather(*(session.aclose() for session in list(self.sessions.values())))
+        await asyncio.gather(*(session.close() for session in list(self.sessions.values())))
         if self._background:
             _, late = await asyncio.wait(self._background, timeout=self.timeout_s)
             for task in late:

@@ -112,7 +112,8 @@ class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
                 answer.response.CopyFrom(self._signal(signal, message.traceparent, streamed=True))
             except FaultError as error:
                 answer.error.CopyFrom(error.status())
-            yield answer
+            if self._server.answers_signals:
+                yield answer
 
     def _signal(
         self, signal: agent_service_pb2.SignalPhaseRequest, traceparent: str, *, streamed: bool

@@ -32,7 +32,7 @@ from djinn_client._transcript import DivergedError, Transcript
 from djinn_client._types import FinishReason, GenerateOptions, GenerateResult, Piece, Prompt
 
 if TYPE_CHECKING:
-    from djinn_client._session import Session
+    from djinn_client._state import SessionState
 
 _log = logging.getLogger("djinn_client")
 
@@ -52,7 +52,9 @@ class Generation(AsyncIterator[Piece]):
         result = await generation.result()
     """
 
-    def __init__(self, session: Session, prompt: Prompt | None, options: GenerateOptions) -> None:
+    def __init__(
+        self, session: SessionState, prompt: Prompt | None, options: GenerateOptions
+    ) -> None:
         self._session = session
         self._core = session.core
         self._request = request_of(session.session_id, prompt, options)
@@ -89,8 +91,8 @@ class Generation(AsyncIterator[Piece]):
             self._fail(error)
             raise
         except asyncio.CancelledError:
-            closed_elsewhere = self.closed
-            self.abandon()
+            closed_elsewhere = self._is_closed()
+            self._abandon()
             task = asyncio.current_task()
             if closed_elsewhere and task is not None and not task.cancelling():
                 raise StopAsyncIteration from None
@@ -114,7 +116,7 @@ class Generation(AsyncIterator[Piece]):
 
     async def aclose(self) -> None:
         """Cancels the call, if it is running. Idempotent."""
-        self.abandon()
+        self._abandon()
 
     async def __aenter__(self) -> Self:
         return self
@@ -133,12 +135,7 @@ class Generation(AsyncIterator[Piece]):
         if getattr(self, "_run", None) is not None:
             # The loop may be gone; then so is the call.
             with contextlib.suppress(RuntimeError):
-                self.abandon()
-
-    @property
-    def closed(self) -> bool:
-        """True if it was ended by `aclose`, or left early."""
-        return self._closed
+                self._abandon()
 
     @property
     def active(self) -> bool:
@@ -146,7 +143,7 @@ class Generation(AsyncIterator[Piece]):
         ended = self._result is not None or self._error is not None or self._closed
         return self._run is not None and not ended
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Cancels the call, if it is running; `aclose` for code that cannot await."""
         was_active = self.active
         self._closed = True
@@ -155,6 +152,9 @@ class Generation(AsyncIterator[Piece]):
             self._run.end_call()
             self._run.abandon()
 
+    def _is_closed(self) -> bool:
+        return self._closed
+
     # --- the stream ------------------------------------------------------------------------------
 
     def _begin(self) -> Run:
@@ -162,7 +162,7 @@ class Generation(AsyncIterator[Piece]):
         return Run(self._session, self._request, self._timeout_s)
 
     async def _next_piece(self, run: Run) -> Piece | None:
-        while True:
+        while not self._closed:
             message = await self._receive(run)
             if isinstance(message, DjinnError):
                 await self._recover(run, message)
@@ -173,6 +173,7 @@ class Generation(AsyncIterator[Piece]):
             if self._transcript.finish_reason is not None:
                 self._finish(run, self._transcript.finish_reason)
                 return None
+        return None
 
     async def _receive(self, run: Run) -> inference_service_pb2.GenerateResponse | DjinnError:
         """Returns the next message, or why there is none.
@@ -235,7 +236,7 @@ class Generation(AsyncIterator[Piece]):
         while True:
             await run.backoff.pause(error)
             await self._core.relearn_endpoint(self._session, run.deadline)
-            if not self._transcript.token_ids:
+            if self._closed or not self._transcript.token_ids:
                 return
             try:
                 eos: frozenset[int] = frozenset()

@@ -17,7 +17,7 @@ from djinn_client._retry import Backoff, Deadline
 from djinn_client._types import GenerateResult
 
 if TYPE_CHECKING:
-    from djinn_client._session import Session
+    from djinn_client._state import SessionState
 
 _log = logging.getLogger("djinn_client")
 
@@ -36,7 +36,10 @@ class Run:
     """
 
     def __init__(
-        self, session: Session, request: inference_service_pb2.GenerateRequest, timeout_s: float
+        self,
+        session: SessionState,
+        request: inference_service_pb2.GenerateRequest,
+        timeout_s: float,
     ) -> None:
         core = session.core
         self._session = session

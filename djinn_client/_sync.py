@@ -107,7 +107,7 @@ class Client:
             name,
             session_id=session_id,
             priority=priority,
-            fork_of=None if fork_of is None else fork_of.inner,
+            fork_of=None if fork_of is None else fork_of._inner,
             model=model,
             expected_prompt_tokens=expected_prompt_tokens,
         )
@@ -148,65 +148,61 @@ class Client:
 
 
 class Session:
-    """An agent's context on a worker, and the phase the agent is in; as `djinn_client.Session`.
-
-    Attributes:
-        inner: The asynchronous session, which lives in the client's thread.
-    """
+    """An agent's context on a worker, and the phase the agent is in; as `djinn_client.Session`."""
 
     def __init__(self, inner: _session.Session, portal: Portal) -> None:
-        self.inner = inner
+        self._inner = inner
         self._portal = portal
         self._context_token: Token[Session | None] | None = None
 
     @property
     def session_id(self) -> str:
         """Unique among all sessions."""
-        return self.inner.session_id
+        return self._inner.session_id
 
     @property
     def name(self) -> str:
         """The name for people."""
-        return self.inner.name
+        return self._inner.name
 
     @property
     def phase(self) -> Phase:
         """The phase last signalled."""
-        return self.inner.phase
+        return self._inner.phase
 
     @property
     def context(self) -> tuple[int, ...]:
         """All token ids of the session so far, as far as they have been received."""
-        return self.inner.context
+        return self._inner.context
 
     @property
     def context_length(self) -> int:
         """How many token ids that is."""
-        return self.inner.context_length
+        return self._inner.context_length
 
     @property
     def worker_endpoint(self) -> str:
         """host:port of the worker that the next generation is sent to."""
-        return self.inner.worker_endpoint
+        return self._inner.worker_endpoint
 
     @property
     def last_wake_latency_s(self) -> float | None:
         """Seconds from the last wake's COMPUTE to its first token; None before the first."""
-        return self.inner.last_wake_latency_s
+        return self._inner.last_wake_latency_s
 
     @property
     def last_result(self) -> GenerateResult | None:
         """The outcome of the last generation that ended well."""
-        return self.inner.last_result
+        return self._inner.last_result
 
     def open(self) -> None:
         """Opens the session at the scheduler. Idempotent."""
-        self._portal.call(self.inner.open())
+        self._portal.call(self._inner.open())
 
     def close(self) -> None:
         """Ends the session. Idempotent; closing the client does it too."""
         if not self._portal.closed:
-            self._portal.call(self.inner.aclose())
+            self._portal.call(self._inner.aclose())
 
     def __enter__(self) -> Self:
         self.open()
@@ -230,13 +226,13 @@ class Session:
         self, prompt: Prompt | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Appends to the context and generates from it."""
-        return Generation(self.inner.generate(prompt, **options), self._portal)
+        return Generation(self._inner.generate(prompt, **options), self._portal)
 
     def generate_text(
         self, prompt: Prompt | None = None, **options: Unpack[GenerateOptions]
     ) -> str:
         """Like `generate`, and returns the whole text."""
-        return self._portal.call(self.inner.generate_text(prompt, **options))
+        return self._portal.call(self._inner.generate_text(prompt, **options))
 
     def chat(self, content: str, role: str = "user", **options: Unpack[GenerateOptions]) -> str:
         """Appends one turn by the model's chat template and returns the answer's text."""
@@ -251,18 +247,18 @@ class Session:
         """
 
         async def signal() -> None:
-            await self.inner.signal_phase(phase, tool_name=tool_name, expected_s=expected_s)
+            await self._inner.signal_phase(phase, tool_name=tool_name, expected_s=expected_s)
 
         self._portal.call(signal())
 
     @contextlib.contextmanager
     def tool(self, name: str = "", *, expected_s: float | None = None) -> Iterator[None]:
         """A block that a tool runs in: IO_WAIT on entry, COMPUTE on exit, also on error."""
-        self._portal.call_sync(lambda: self.inner.enter_tool(name, expected_s))
+        self._portal.call_sync(lambda: self._inner._state.enter_tool(name, expected_s))
         try:
             yield
         finally:
-            self._portal.call_sync(self.inner.leave_tool)
+            self._portal.call_sync(self._inner._state.leave_tool)
 
 
 class Generation(Iterator[Piece]):
@@ -309,7 +305,7 @@ class Generation(Iterator[Piece]):
         # A loop left early. The call belongs to the other thread, so it is cancelled there.
         inner = getattr(self, "_inner", None)
         if inner is not None and inner.active:
-            self._portal.post(inner.abandon)
+            self._portal.post(inner._abandon)
 
 
 class Admin:

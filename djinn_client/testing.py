@@ -111,6 +111,7 @@ class FakeServer:
         signals: All phase signals, in the order they came.
         requests: All Generate calls, in the order they came.
         commands: All admin commands as (method, session id).
+        answers_signals: False has the stream of phases take signals and never answer.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class FakeServer:
         )
         self.streams_phases = streams_phases
         self.page_size = page_size
+        self.answers_signals = True
         self.draining = False
         self.generated_tokens = 0
         self._faults: dict[str, list[Fault]] = {}

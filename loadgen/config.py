@@ -137,6 +137,10 @@ def parse(text: str, origin: str, overrides: dict[str, str] | None = None) -> Ru
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise WorkloadError(_yaml_problem(error, origin)) from None
+    except (ValueError, RecursionError) as error:
+        # Such as a date with a 13th month, or brackets without end.
+        problem = str(error).splitlines()[0]
+        raise WorkloadError(f"{origin}: not valid YAML: {problem}") from None
     if not isinstance(data, dict):
         what = "nothing" if data is None else _describe(data)
         raise WorkloadError(
@@ -199,7 +203,7 @@ def _yaml_problem(error: yaml.YAMLError, origin: str) -> str:
 
 def _index(node: yaml.Node | None, prefix: str, lines: dict[str, int], origin: str) -> None:
     """Collects each key's line number, and refuses keys given twice, which YAML would merge."""
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode) or prefix.count(".") > _MAX_DEPTH:
         return
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
@@ -223,6 +227,8 @@ def _override(data: dict[str, Any], key: str, value: str) -> None:
     except yaml.YAMLError:
         raise WorkloadError(f"--set {key}: not a valid value: {value!r}") from None
 
+
+_MAX_DEPTH = 8
 
 _AT = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<key>key` in `)?\$?(?P<path>.*?)`)?$", re.DOTALL)
 _TYPE = re.compile(r"Expected `(?P<type>[^`]+)`(?P<bound> (?:>=|<=|>|<) \S+)?(?:, got `.*`)?")

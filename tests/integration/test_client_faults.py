@@ -267,6 +267,19 @@ async def test_a_worker_that_has_not_noticed_the_cut_is_waited_for(
         await agent.generate_text("z")
 
 
+async def test_closing_the_session_ends_the_wait_for_its_worker(
+    fake: FakeServer, client: djinn.Client, agent: djinn.Session
+) -> None:
+    fake.fail("Generate", "DRAINING", retry_after_s=0.05)
+    task = asyncio.create_task(agent.generate_text("x"))
+    await fake.wait_until(lambda: len(fake.requests) == 1)
+    await agent.aclose()
+    with pytest.raises(djinn.GenerationCancelledError):
+        await task
+    assert len(fake.requests) == 1
+    assert await client.sessions() == [], "asking for its worker must not open it again"
+
+
 # --- schedulers ----------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from services.common.errors import CancelledError, DjinnError, UnknownSessionError
+from services.common.errors import CancelledError, DjinnError, DrainingError, UnknownSessionError
 from services.worker.engine import requests
 from services.worker.engine.batcher import Batch, Batcher, Share
 from services.worker.engine.block_manager import BlockManager
@@ -133,7 +133,10 @@ class Engine:
             case Submit():
                 self._submit(message)
             case Abort():
-                self.cancel(self._requests.get(message.request_id), "the client cancelled it")
+                self.cancel(
+                    self._requests.get(message.request_id),
+                    CancelledError("the client cancelled it"),
+                )
             case StopAt():
                 self._stop_at(message)
             case Command():
@@ -143,7 +146,7 @@ class Engine:
                 self.outbox.append(Snapshot(message.snapshot_id, states))
             case Shutdown():
                 for session in list(self._requests.values()):
-                    self.cancel(session, "the worker stops")
+                    self.cancel(session, DrainingError("the worker stops"))
                 self.stopping = True
 
     def create(self, session_id: str, cache_salt: str, priority: int, record: bytes) -> Session:
@@ -160,20 +163,19 @@ class Engine:
 
     def close(self, session: Session) -> None:
         """Ends a session and forgets it."""
-        self.cancel(session, "its session was closed")
+        self.cancel(session, CancelledError("its session was closed"))
         self._mover.forget(session)
         self._blocks.drop(session.kv)
         self._commands.forget(session)
         del self.sessions[session.session_id]
 
-    def cancel(self, session: Session | None, why: str) -> None:
-        """Ends a session's request without a result; does nothing if it has none."""
+    def cancel(self, session: Session | None, error: DjinnError) -> None:
+        """Fails a session's request with `error`; does nothing if it has none."""
         if session is None or session.request is None:
             return
         request_id = session.request.request_id
         self._tally.requests_cancelled += 1
         self._leave(session)
-        error = CancelledError(f"request {request_id!r} was cancelled: {why}")
         self.outbox.append(Rejected(request_id, error.to_info()))
         self.tell(SessionEventKind.GENERATE_FINISHED, session)
 

@@ -17,6 +17,7 @@ from services.worker.messages import (
     Prefetch,
     Restore,
     SetHint,
+    Shutdown,
     StopAt,
 )
 from tests.support.engine_harness import BLOCK, EngineHarness, continuation
@@ -238,6 +239,19 @@ def test_cancelling_in_the_middle_of_a_step_disturbs_nobody(harness: EngineHarne
     log = harness.session("a").tokens.copy()
     assert log[: len(PROMPT)] == PROMPT
     assert harness.generate("a", [4]) == continuation([*log, 4], 4)
+
+
+def test_a_worker_that_stops_fails_what_runs_so_that_it_is_tried_elsewhere(
+    harness: EngineHarness,
+) -> None:
+    request = harness.submit("a", PROMPT, max_tokens=20)
+    harness.turn()
+    harness.engine.handle(Shutdown())
+    harness.run()
+    rejected = harness.generation(request).rejected
+    assert rejected is not None
+    assert (rejected.error.code, rejected.error.reason) == ("UNAVAILABLE", "DRAINING")
+    assert harness.engine.stopping
 
 
 def test_a_stop_string_cuts_the_context(harness: EngineHarness) -> None:
