@@ -125,6 +125,7 @@ class StopAt(Struct, frozen=True):
     """A stop string appeared: end the request well and cut the context to this length."""
 
     request_id: str
+    session_id: str
     context_length: int
 
 
@@ -333,6 +334,9 @@ class Rejected(Struct, frozen=True):
 
     request_id: str
     error: ErrorInfo
+
+
+OfRequest = Started | Tokens | Finished | Rejected
 
 
 class CommandDone(Struct, frozen=True):

@@ -37,6 +37,8 @@ from services.worker.messages import (
 
 VOCAB = 997
 BLOCK = 4
+POISON = VOCAB
+"""A token that makes the model's logits not numbers wherever it is in the context."""
 
 
 class ScrubbedReadError(Exception):
@@ -63,12 +65,21 @@ class FakeStep:
         self._event = event
         self._samples = samples
 
+    # A token id of -1 stands for logits that are not numbers.
+
     def done(self) -> bool:
         return self._event.query()
 
     def result(self) -> StepResult:
         self._event.synchronize()
-        return StepResult(tuple(self._samples))
+        failed = frozenset(
+            index
+            for index, sample in enumerate(self._samples)
+            if sample is not None and sample.token_id < 0
+        )
+        return StepResult(
+            tuple(None if i in failed else sample for i, sample in enumerate(self._samples)), failed
+        )
 
 
 class FakeRunner:
@@ -95,7 +106,8 @@ class FakeRunner:
         read = self._kv[torch.tensor(part.block_table), 0, 0].reshape(-1)[:length]
         if read.isnan().any():
             raise ScrubbedReadError(read.tolist())
-        return SampledToken(next_token([int(value) for value in read]))
+        context = [int(value) for value in read]
+        return SampledToken(-1 if POISON in context else next_token(context))
 
 
 @dataclass
@@ -152,7 +164,7 @@ class EngineHarness:
             self.streams["compute"],
             self.cache,
             EngineLimits(
-                vocab_size=VOCAB,
+                vocab_size=VOCAB + 1,
                 max_context_length=max_context or device_blocks * BLOCK,
                 max_running_sequences=max_running,
                 max_step_tokens=max_step_tokens,

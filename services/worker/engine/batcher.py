@@ -102,7 +102,7 @@ class Batcher:
             own_blocks = len(session.kv.blocks)
             matched_tokens = self._match_prefix(session)
             need = promised + self._lacking(session)
-            if not self._hold(session, need):
+            if not self._hold(session, need, own_blocks):
                 # Blocks in a table that is not held cannot be reused: give the found ones back.
                 self._blocks.drop(session.kv, own_blocks)
                 barred = True
@@ -114,9 +114,9 @@ class Batcher:
             self.waiting.remove(session)
             self.running.append(session)
 
-    def _hold(self, session: Session, more_blocks: int) -> bool:
+    def _hold(self, session: Session, more_blocks: int, own_blocks: int) -> bool:
         return self._find_room(
-            attempt=lambda: self._mover.hold(session, Priority.WAKE, more_blocks),
+            attempt=lambda: self._mover.hold(session, Priority.WAKE, more_blocks, own_blocks),
             need=lambda: self._blocks.room_needed(session.kv, more_blocks),
             sacrifice=lambda: self._evict_waiting(session),
         )
@@ -135,7 +135,7 @@ class Batcher:
             self._make_room(need())
             if attempt():
                 return True
-            if self._mover.coming() >= need():
+            if self._blocks.coming_device() >= need():
                 return False  # as soon as the stores under way are done
             if not sacrifice():
                 return False
@@ -197,7 +197,7 @@ class Batcher:
                 SequenceSlice(
                     token_ids=session.tokens[start:end],
                     start=start,
-                    block_table=[_slot(block) for block in session.kv.blocks],
+                    block_table=session.kv.slots[:],
                     sample=session.sample_request() if end == len(session.tokens) else None,
                 )
             )
@@ -239,8 +239,3 @@ class Batcher:
         self.waiting.append(victim)
         self._mover.evict(victim)
         return victim is not session
-
-
-def _slot(block: Block) -> int:
-    assert block.device is not None
-    return block.device

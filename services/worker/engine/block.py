@@ -97,12 +97,14 @@ class BlockTable:
 
     Attributes:
         blocks: All but the last are full.
+        slots: Their device slots, while the table is held.
         tokens: Tokens whose KV the blocks hold; a launched step counts.
         held: True if the session needs its blocks on the device.
         expected_wake_ns: When it will need them again, if not held; None: unknown, taken as far.
     """
 
     blocks: list[Block] = field(default_factory=list)
+    slots: array[int] = field(default_factory=lambda: array("i"))
     tokens: int = 0
     held: bool = False
     expected_wake_ns: int | None = None

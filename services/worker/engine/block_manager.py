@@ -11,6 +11,7 @@ Ordering. KV is corrupted when a slot is reused or read too early, so there are 
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -44,6 +45,9 @@ class BlockManager:
         self._index: dict[bytes, Block] = {}
         # In no table and not in the index, but still part of a copy.
         self._orphans: set[Block] = set()
+        # Part of a copy: on the device those that nobody holds, on the host all.
+        self._moving_device: set[Block] = set()
+        self._moving_host: set[Block] = set()
 
     # --- what there is ---------------------------------------------------------------------------
 
@@ -60,6 +64,10 @@ class BlockManager:
     def available_device(self) -> int:
         """Returns how many device slots can be had at once, free or by reuse."""
         return len(self._device.free) + self._device.reclaimable
+
+    def coming_device(self) -> int:
+        """Returns how many device slots are available or may be once the copies in flight end."""
+        return self.available_device() + len(self._moving_device)
 
     def free_host(self) -> int:
         """Returns how many host slots hold nothing."""
@@ -146,7 +154,9 @@ class BlockManager:
         if need > self.available_device():
             return False
         for _ in range(need):
-            table.blocks.append(Block(device=self._take_device(), refs=1, holders=1))
+            slot = self._take_device()
+            table.blocks.append(Block(device=slot, refs=1, holders=1))
+            table.slots.append(slot)
         return True
 
     def advance(self, table: BlockTable, tokens: int) -> list[Block]:
@@ -182,6 +192,7 @@ class BlockManager:
             twin.holders += 1
             self._settle(twin)
             table.blocks[index] = twin
+            table.slots[index] = twin.device
             self._let_go(block, holding=True)
 
     def truncate(self, table: BlockTable, tokens: int) -> None:
@@ -209,11 +220,20 @@ class BlockManager:
         """Forgets a table's blocks after its first `keep_blocks`."""
         gone = table.blocks[keep_blocks:]
         del table.blocks[keep_blocks:]
+        del table.slots[keep_blocks:]
         table.tokens = min(table.tokens, keep_blocks * self.block_size_tokens)
         for block in gone:
             self._let_go(block, holding=table.held)
         if not table.blocks and not table.tokens:
             table.held = False
+
+    def discard(self, table: BlockTable) -> None:
+        """Forgets a table's blocks, and that others may find them: their content is worthless."""
+        for block in table.blocks:
+            if block.content_hash is not None:
+                del self._index[block.content_hash]
+                block.content_hash = None
+        self.drop(table)
 
     # --- moving a table between the tiers --------------------------------------------------------
 
@@ -244,6 +264,7 @@ class BlockManager:
                 block.loads += 1
                 copies.append(BlockCopy(block, block.device, block.host, block.stored_tokens))
                 self._settle(block)
+        table.slots = array("i", (_device_slot(block) for block in table.blocks))
         if not copies:
             return Hold(resident, None)
         fences = self._device.fences(copy.device for copy in copies)
@@ -392,6 +413,7 @@ class BlockManager:
         else:
             self._device.unrank(block)
         self._host.sort(block, idle=block.host is not None and not self._host_busy(block))
+        self._count_moving(block)
 
     def _bury(self, block: Block) -> None:
         """Frees the slots of a block that nobody can ever ask for again, once no copy uses them."""
@@ -400,10 +422,14 @@ class BlockManager:
         if block.host is not None and not self._host_busy(block):
             self._host.sort(block, idle=False)
             self._host.give_back(block)
-        if block.device is None and block.host is None:
-            self._orphans.discard(block)
-        else:
-            self._orphans.add(block)
+        _include(self._orphans, block, block.device is not None or block.host is not None)
+        self._count_moving(block)
+
+    def _count_moving(self, block: Block) -> None:
+        moving = bool(block.loads or block.stores)
+        unheld = block.device is not None and block.holders == 0
+        _include(self._moving_device, block, moving and unheld)
+        _include(self._moving_host, block, moving and block.host is not None)
 
     def _release(self, block: Block) -> None:
         """Takes a holder away from a block; whoever held it may be in a step that still runs."""
@@ -462,30 +488,23 @@ class BlockManager:
 
     # --- invariants ------------------------------------------------------------------------------
 
-    def pool_states(self, tables: Iterable[BlockTable]) -> tuple[PoolState, PoolState]:
-        """Returns the device and the host pool's slots by use.
-
-        Args:
-            tables: Every table there is.
-        """
-        blocks = self._all_blocks(tables)
-        device = [b for b in blocks if b.device is not None]
-        host = [b for b in blocks if b.host is not None]
-        device_moving = sum(b.holders == 0 and bool(b.loads or b.stores) for b in device)
-        host_moving = sum(bool(b.loads or b.stores) for b in host)
+    def pool_states(self) -> tuple[PoolState, PoolState]:
+        """Returns the device and the host pool's slots by use."""
+        device, host = self._device, self._host
+        device_moving, host_moving = len(self._moving_device), len(self._moving_host)
         return (
             PoolState(
-                total=self.device_slots,
-                free=len(self._device.free),
-                used=len(device) - self._device.reclaimable - device_moving,
-                reclaimable=self._device.reclaimable,
+                total=device.total,
+                free=len(device.free),
+                used=device.total - len(device.free) - device.reclaimable - device_moving,
+                reclaimable=device.reclaimable,
                 in_flight=device_moving,
             ),
             PoolState(
-                total=self.host_slots,
-                free=len(self._host.free),
-                used=len(host) - self._host.spare - host_moving,
-                reclaimable=self._host.spare,
+                total=host.total,
+                free=len(host.free),
+                used=host.total - len(host.free) - host.spare - host_moving,
+                reclaimable=host.spare,
                 in_flight=host_moving,
             ),
         )
@@ -528,9 +547,27 @@ class BlockManager:
             assert not block.holders or block.device is not None, block
             assert not block.refs or block.device is not None or block.clean, block
             assert block.stored_tokens <= block.filled_tokens, block
+        moving = {block for block in blocks if block.loads or block.stores}
+        assert self._moving_host == {block for block in moving if block.host is not None}
+        assert self._moving_device == {
+            block for block in moving if block.device is not None and block.holders == 0
+        }
         assert self._device.reclaimable == sum(b.reclaim_rank is not None for b in blocks)
         for table in tables:
             size = self.block_size_tokens
             filled = sum(block.filled_tokens for block in table.blocks)
             assert filled == table.tokens, (filled, table.tokens)
+            assert not table.held or list(table.slots) == [b.device for b in table.blocks]
             assert all(b.filled_tokens == size for b in table.blocks[: table.tokens // size])
+
+
+def _device_slot(block: Block) -> int:
+    assert block.device is not None
+    return block.device
+
+
+def _include(blocks: set[Block], block: Block, wanted: bool) -> None:
+    if wanted:
+        blocks.add(block)
+    else:
+        blocks.discard(block)

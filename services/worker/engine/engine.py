@@ -7,12 +7,21 @@ admits, and launches the next step; both leave what the front shall hear in `out
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
+from collections import OrderedDict
 from typing import Protocol
 
 import msgspec
 
-from services.common.errors import CancelledError, DjinnError, DrainingError, UnknownSessionError
+from services.common.errors import (
+    CancelledError,
+    DjinnError,
+    DrainingError,
+    InternalError,
+    SessionClosedError,
+    UnknownSessionError,
+)
 from services.worker.engine import requests
 from services.worker.engine.batcher import Batch, Batcher, Share
 from services.worker.engine.block_manager import BlockManager
@@ -43,6 +52,10 @@ from services.worker.messages import (
     ToFront,
     Tokens,
 )
+
+_log = logging.getLogger(__name__)
+
+_CLOSED_REMEMBERED = 10_000
 
 
 class StepRunner(Protocol):
@@ -118,8 +131,10 @@ class Engine:
         self._compute = compute
         self._commands = Commands(self, mover, lambda slots: cache.scrub(slots, compute))
         self._requests: dict[str, Session] = {}
+        # A late Generate of theirs, which carries a token, must not make them anew.
+        self._closed: OrderedDict[str, None] = OrderedDict()
         self._arrivals = 0
-        self._step: tuple[Batch, PendingStep, int] | None = None
+        self._step: tuple[Batch, PendingStep, float] | None = None
         self._step_seconds: list[float] = []
         self._step_batch_sizes: list[int] = []
         self._prefill_tokens_per_s = 0.0
@@ -159,15 +174,18 @@ class Engine:
             used_ns=time.time_ns(),
         )
         self.sessions[session_id] = session
+        self._closed.pop(session_id, None)
         return session
 
     def close(self, session: Session) -> None:
         """Ends a session and forgets it."""
-        self.cancel(session, CancelledError("its session was closed"))
+        self.cancel(session, _closed_error(session.session_id))
         self._mover.forget(session)
-        self._blocks.drop(session.kv)
         self._commands.forget(session)
         del self.sessions[session.session_id]
+        self._closed[session.session_id] = None
+        if len(self._closed) > _CLOSED_REMEMBERED:
+            self._closed.popitem(last=False)
 
     def cancel(self, session: Session | None, error: DjinnError) -> None:
         """Fails a session's request with `error`; does nothing if it has none."""
@@ -200,6 +218,8 @@ class Engine:
         created = session is None
         try:
             if session is None:
+                if submit.session_id in self._closed:
+                    raise _closed_error(submit.session_id)
                 if not submit.create:
                     raise UnknownSessionError.of(submit.session_id)
                 session = self.create(
@@ -226,16 +246,15 @@ class Engine:
         self.tell(SessionEventKind.GENERATE_STARTED, session)
 
     def _stop_at(self, message: StopAt) -> None:
-        session = self._requests.get(message.request_id)
+        session = self.sessions.get(message.session_id)
         if session is None:
-            # It ended by itself meanwhile, with more tokens than the client was given.
-            for idle in self.sessions.values():
-                if idle.request is None and idle.last_request_id == message.request_id:
-                    self._cut(idle, message.context_length)
             return
-        assert session.request is not None
-        self._cut(session, max(message.context_length, session.request.prompt_length))
-        self._finish(session, FinishReason.STOP)
+        if session.request is not None and session.request.request_id == message.request_id:
+            self._cut(session, max(message.context_length, session.request.prompt_length))
+            self._finish(session, FinishReason.STOP)
+        elif session.request is None and session.last_request_id == message.request_id:
+            # It ended by itself meanwhile, with more tokens than the client was given.
+            self._cut(session, message.context_length)
 
     def _cut(self, session: Session, length: int) -> None:
         if length < len(session.tokens):
@@ -273,6 +292,7 @@ class Engine:
         if batch is None:
             return
         now_ns = time.time_ns()
+        launched_s = time.monotonic()
         for share in batch.shares:
             if not share.request.started:
                 self._tell_started(share, now_ns)
@@ -282,7 +302,7 @@ class Engine:
         if self._limits.write_through:
             filled = [block for share in batch.shares for block in share.filled]
             self._mover.write_through(filled, fence)
-        self._step = (batch, pending, now_ns)
+        self._step = (batch, pending, launched_s)
 
     def _tell_started(self, share: Share, now_ns: int) -> None:
         session, request = share.session, share.request
@@ -309,18 +329,34 @@ class Engine:
             )
         )
 
-    def _collect(self, batch: Batch, pending: PendingStep, launched_ns: int) -> None:
+    def _collect(self, batch: Batch, pending: PendingStep, launched_s: float) -> None:
         result = pending.result()
-        seconds = (time.time_ns() - launched_ns) / 1e9
+        seconds = time.monotonic() - launched_s
         self._step_seconds.append(seconds)
         self._step_batch_sizes.append(len(batch.shares))
         prefilled = 0
-        for share, sample in zip(batch.shares, result.samples, strict=True):
-            prefilled += self._take_share(share, sample)
+        for index, share in enumerate(batch.shares):
+            if index in result.failed:
+                self._fail_share(share)
+            else:
+                prefilled += self._take_share(share, result.samples[index])
         if prefilled:
             speed = prefilled / seconds
             past = self._prefill_tokens_per_s
             self._prefill_tokens_per_s = 0.8 * past + 0.2 * speed if past else speed
+
+    def _fail_share(self, share: Share) -> None:
+        """Fails a request whose logits are not numbers, and forgets the KV that they come from."""
+        session = share.session
+        if session.request is not share.request:
+            return
+        self._mover.discard(session)
+        self._tally.requests_failed += 1
+        message = f"the logits after {share.start + share.count} tokens are not numbers"
+        _log.error("session %s: %s", session.session_id, message)
+        request = self._leave(session)
+        self.outbox.append(Rejected(request.request_id, InternalError(message).to_info()))
+        self.tell(SessionEventKind.GENERATE_FINISHED, session)
 
     def _take_share(self, share: Share, sample: SampledToken | None) -> int:
         """Takes in one session's part of a step; returns how many prompt tokens it computed."""
@@ -387,8 +423,9 @@ class Engine:
         self._make_room(self._blocks.room_needed(session.kv))
 
     def _make_room(self, want_blocks: int) -> None:
-        idle = [session for session in self.sessions.values() if session.request is None]
-        evicted, dropped = self._mover.make_room(want_blocks, idle, self._batcher.waiting)
+        evicted, dropped = self._mover.make_room(
+            want_blocks, self.sessions.values(), self._batcher.waiting
+        )
         for session in evicted:
             self.tell(SessionEventKind.EVICTED, session)
         for session in dropped:
@@ -406,8 +443,7 @@ class Engine:
 
     def report(self) -> Report:
         """Returns how full and how fast the engine is, and starts a new interval."""
-        tables = [session.kv for session in self.sessions.values()]
-        device, host = self._blocks.pool_states(tables)
+        device, host = self._blocks.pool_states()
         counters = Counters(
             **dataclasses.asdict(self._mover.counters),
             **dataclasses.asdict(self._tally),
@@ -438,3 +474,9 @@ class Engine:
             assert session.kv.tokens <= len(session.tokens), session
             waits = session in self._batcher.waiting or session in self._batcher.running
             assert waits == (session.request is not None), session
+
+
+def _closed_error(session_id: str) -> SessionClosedError:
+    return SessionClosedError(
+        f"session {session_id!r} was closed", metadata={"session_id": session_id}
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from services.worker.engine.block import Block, CopyTicket, Direction, Hold
+from services.worker.engine.block import Block, CopyTicket, Direction
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.sequence import Session
 from services.worker.engine.streams import Event
@@ -74,13 +74,27 @@ class KvMover:
         self._jobs: dict[CopyJob, CopyTicket] = {}
         self._job_of: dict[CopyTicket, CopyJob] = {}
         self._waiting_for_load: dict[CopyTicket, list[Session]] = {}
+        self._held: dict[Session, None] = {}
         # Evicted with blocks that the host had no room for; in order of eviction.
         self._stranded: dict[Session, None] = {}
 
     # --- one session -----------------------------------------------------------------------------
 
-    def hold(self, session: Session, priority: Priority, more_blocks: int = 0) -> bool:
+    def hold(
+        self,
+        session: Session,
+        priority: Priority,
+        more_blocks: int = 0,
+        own_blocks: int | None = None,
+    ) -> bool:
         """Holds a session's blocks and starts the loads that this takes.
+
+        Args:
+            session: Whose.
+            priority: Of the loads.
+            more_blocks: New blocks that there must be room for too.
+            own_blocks: Blocks that were the session's before; those after them were found in the
+                prefix index. None: all.
 
         Returns:
             False, with nothing changed, if there is no room for them and `more_blocks` new ones.
@@ -94,8 +108,11 @@ class KvMover:
             return False
         if was_held:
             return True
+        own = table.blocks[:own_blocks]
+        resident = sum(block.device is not None for block in own)
         hold = self.blocks.hold(table)
         assert hold is not None
+        self._held[session] = None
         self._stranded.pop(session, None)
         session.used_ns = time.time_ns()
         loaded = 0
@@ -112,17 +129,17 @@ class KvMover:
                     session.loading.add(ticket)
                     self._waiting_for_load.setdefault(ticket, []).append(session)
                 self._transfers.hasten(job, priority, to_device=True)
-        self._count_hold(session, hold, priority)
+        self._count_hold(session, resident, priority)
         session.source = msgspec.structs.replace(
             session.source,
-            resident_blocks=session.source.resident_blocks + hold.resident_blocks,
+            resident_blocks=session.source.resident_blocks + resident,
             loaded_blocks=session.source.loaded_blocks + loaded,
             loaded_bytes=session.source.loaded_bytes + loaded * self.block_bytes,
         )
         return True
 
-    def _count_hold(self, session: Session, hold: Hold, priority: Priority) -> None:
-        self.counters.resident_hit_blocks += hold.resident_blocks
+    def _count_hold(self, session: Session, resident_blocks: int, priority: Priority) -> None:
+        self.counters.resident_hit_blocks += resident_blocks
         if session.known_tokens == 0 or not session.kv.blocks:
             return  # nothing of its own comes back
         if priority is Priority.PREFETCH:
@@ -137,6 +154,7 @@ class KvMover:
             The stores that have to end before all its blocks can be reused.
         """
         self.blocks.unhold(session.kv)
+        self._held.pop(session, None)
         self._store(session.kv.blocks, Priority.EVICT, give_up_copies=True)
         if any(not b.clean and b.store is None for b in session.kv.blocks):
             self._stranded[session] = None
@@ -156,17 +174,23 @@ class KvMover:
 
     def drop(self, session: Session) -> None:
         """Forgets a session's KV on both sides."""
-        self.blocks.drop(session.kv)
-        self.blocks.unhold(session.kv)
         self.forget(session)
         self.counters.drops += 1
 
     def forget(self, session: Session) -> None:
-        """Stops waiting for anything on the session's behalf."""
+        """Frees a session's KV and stops waiting for anything on its behalf."""
+        self.blocks.drop(session.kv)
+        self.blocks.unhold(session.kv)
+        self._held.pop(session, None)
         self._stranded.pop(session, None)
         for ticket in session.loading:
             self._waiting_for_load[ticket].remove(session)
         session.loading.clear()
+
+    def discard(self, session: Session) -> None:
+        """Frees a session's KV, which is worthless, and lets nobody else find it."""
+        self.blocks.discard(session.kv)
+        self.forget(session)
 
     # --- copies ----------------------------------------------------------------------------------
 
@@ -254,7 +278,7 @@ class KvMover:
     # --- when room is short ----------------------------------------------------------------------
 
     def make_room(
-        self, want_blocks: int, idle: Iterable[Session], waiting: Sequence[Session]
+        self, want_blocks: int, sessions: Iterable[Session], waiting: Sequence[Session]
     ) -> tuple[list[Session], list[Session]]:
         """Works towards `want_blocks` available device blocks; some may come only later.
 
@@ -263,27 +287,28 @@ class KvMover:
 
         Args:
             want_blocks: How many blocks shall be available.
-            idle: Sessions without a request; the furthest expected wake goes first.
-            waiting: Sessions whose request waits, in order of service; the last goes first, and
-                only if no idle one is left. Only those that hold nothing are dropped.
+            sessions: All; of those without a request the furthest expected wake goes first.
+            waiting: Sessions whose request waits, in order of service; the last is dropped first,
+                and only if no idle one is left. Only those that hold nothing are dropped.
 
         Returns:
             Those that were evicted, and those that were dropped.
         """
         evicted: list[Session] = []
         dropped: list[Session] = []
-        if self.coming() >= want_blocks:
+        if self.blocks.coming_device() >= want_blocks:
             return evicted, dropped
-        order = sorted(idle, key=furthest_first)
-        for session in order:
-            if session.kv.held and session.kv.blocks and not session.loading:
-                self.evict(session)
-                self.counters.evictions += 1
-                evicted.append(session)
-                if self.coming() >= want_blocks:
-                    return evicted, dropped
-        for session in (*order, *reversed(waiting)):
-            if not self._stranded or self.coming() >= want_blocks:
+        for session in sorted(self._evictable(), key=furthest_first):
+            self.evict(session)
+            self.counters.evictions += 1
+            evicted.append(session)
+            if self.blocks.coming_device() >= want_blocks:
+                return evicted, dropped
+        if not self._stranded:
+            return evicted, dropped
+        idle = sorted((s for s in sessions if s.request is None), key=furthest_first)
+        for session in (*idle, *reversed(waiting)):
+            if not self._stranded or self.blocks.coming_device() >= want_blocks:
                 break
             if not session.kv.held and session.kv.blocks:
                 self.drop(session)
@@ -291,12 +316,9 @@ class KvMover:
                 self.store_stranded()
         return evicted, dropped
 
-    def coming(self) -> int:
-        """Returns how many device blocks are available or will be once their stores are done."""
-        leaving = {
-            copy.block
-            for ticket in self._job_of
-            for copy in ticket.copies
-            if copy.block.holders == 0 and copy.block.store is ticket
-        }
-        return self.blocks.available_device() + len(leaving)
+    def _evictable(self) -> list[Session]:
+        return [
+            session
+            for session in self._held
+            if session.request is None and session.kv.blocks and not session.loading
+        ]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.common.errors import ConfigError, InternalError
+from services.common.errors import ConfigError
 from services.worker.engine.attention import AttentionSpec, StepShape, select_backend
 from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.model_loader import LoadedModel
@@ -81,27 +81,17 @@ class LaunchedStep:
         return self._event.query()
 
     def result(self) -> StepResult:
-        """See `PendingStep.result`.
-
-        Raises:
-            InternalError: Logits are not numbers; its metadata's ``slices`` has the indices of
-                these slices. The others can be computed again, which does no harm.
-        """
+        """See `PendingStep.result`."""
         assert self._event is not None
         self._event.synchronize()
         assert self._output is not None
         wanted = [i for i, part in enumerate(self._plan.slices) if part.sample is not None]
         tokens: list[int] = self._output.tokens.tolist()
-        bad = [i for i, token in zip(wanted, tokens, strict=True) if token < 0]
-        if bad:
-            position = self._requests[wanted.index(bad[0])].position
-            raise InternalError(
-                f"the logits for position {position} are not numbers",
-                metadata={"slices": ",".join(map(str, bad))},
-            )
-        samples = iter(_samples(self._requests, tokens, self._output))
+        chosen = dict(zip(wanted, _samples(self._requests, tokens, self._output), strict=True))
+        failed = frozenset(i for i, token in zip(wanted, tokens, strict=True) if token < 0)
         return StepResult(
-            tuple(next(samples) if part.sample is not None else None for part in self._plan.slices)
+            tuple(None if i in failed else chosen.get(i) for i in range(len(self._plan.slices))),
+            failed,
         )
 
     def _launched(self, event: Event) -> None:

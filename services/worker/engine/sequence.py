@@ -104,12 +104,15 @@ class Session:
 
     def common_prefix(self, context: list[int]) -> int:
         """Returns how many tokens the log and `context` share at their beginning."""
-        if self.tokens[: len(context)] == context:
-            return min(len(context), len(self.tokens))
-        for place, (mine, theirs) in enumerate(zip(self.tokens, context, strict=False)):
-            if mine != theirs:
-                return place
-        return min(len(context), len(self.tokens))
+        low, high = 0, min(len(context), len(self.tokens))
+        # Slices are compared at the speed of memory, so halving beats walking.
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.tokens[low:middle] == context[low:middle]:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def cut(self, length: int, block_size_tokens: int) -> None:
         """Cuts the log to `length` tokens; the caller cuts the KV."""

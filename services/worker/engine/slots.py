@@ -39,6 +39,10 @@ class DeviceSlots:
         block.reclaim_rank = (0 if block.refs == 0 else 1, -far, self._ranks)
         heapq.heappush(self._ranked, (block.reclaim_rank, block))
         self.reclaimable += 1
+        if len(self._ranked) > 64 + 2 * self.reclaimable:
+            # Most entries are of blocks that were unranked since.
+            self._ranked = [entry for entry in self._ranked if entry[0] == entry[1].reclaim_rank]
+            heapq.heapify(self._ranked)
 
     def unrank(self, block: Block) -> None:
         """Makes a block not reclaimable."""

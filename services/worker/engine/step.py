@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,7 +40,7 @@ class SequenceSlice:
 
     token_ids: list[int]
     start: int
-    block_table: list[int]
+    block_table: Sequence[int]
     sample: SampleRequest | None
 
 
@@ -65,9 +66,15 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One entry per slice of the plan; None where nothing was to be sampled."""
+    """What a step made.
+
+    Attributes:
+        samples: One entry per slice of the plan; None where nothing was or could be sampled.
+        failed: Indices of the slices whose logits are not numbers: their KV is worth nothing.
+    """
 
     samples: tuple[SampledToken | None, ...]
+    failed: frozenset[int] = frozenset()
 
 
 class PendingStep(Protocol):

@@ -202,12 +202,12 @@ def test_pool_states_add_up_while_copies_are_in_flight() -> None:
     table = filled(blocks, 2 * SIZE)
     ticket = blocks.store(table.blocks, give_up_copies=True)
     blocks.drop(table)
-    device, host = blocks.pool_states([table])
+    device, host = blocks.pool_states()
     assert device == PoolState(total=4, free=2, in_flight=2)
     assert host == PoolState(total=4, free=2, in_flight=2)
     assert ticket is not None
     blocks.finish(ticket)
-    assert blocks.pool_states([table])[0] == PoolState(total=4, free=4)
+    assert blocks.pool_states()[0] == PoolState(total=4, free=4)
 
 
 @pytest.mark.parametrize("salt", [b"one", b"two"])
@@ -231,6 +231,16 @@ def test_hashes_extend_what_is_known() -> None:
     for length in range(13):
         hash_blocks(tokens[:length], SIZE, b"", grown)
     assert grown == whole
+
+
+def test_the_order_of_reuse_does_not_grow_with_every_sleep_and_wake() -> None:
+    blocks = manager()
+    table = filled(blocks, 4 * SIZE)
+    stored(blocks, table)
+    for _ in range(1000):
+        blocks.unhold(table)
+        blocks.hold(table)
+    assert len(blocks._device._ranked) < 100
 
 
 def test_host_slots_come_as_they_are_pinned() -> None:

@@ -14,13 +14,14 @@ from services.worker.messages import (
     EvictMode,
     Finished,
     FinishReason,
+    Open,
     Prefetch,
     Restore,
     SetHint,
     Shutdown,
     StopAt,
 )
-from tests.support.engine_harness import BLOCK, EngineHarness, continuation
+from tests.support.engine_harness import BLOCK, POISON, EngineHarness, continuation
 
 
 @pytest.fixture
@@ -257,7 +258,7 @@ def test_a_worker_that_stops_fails_what_runs_so_that_it_is_tried_elsewhere(
 def test_a_stop_string_cuts_the_context(harness: EngineHarness) -> None:
     request = harness.submit("a", PROMPT, max_tokens=30)
     harness.run(until=lambda: len(harness.generation(request).tokens or []) >= 3)
-    harness.engine.handle(StopAt(request, len(PROMPT) + 2))
+    harness.engine.handle(StopAt(request, "a", len(PROMPT) + 2))
     harness.run()
     finished = harness.generation(request).finished
     assert finished is not None
@@ -271,7 +272,7 @@ def test_a_stop_string_that_comes_too_late_cuts_the_context_all_the_same(
     harness: EngineHarness,
 ) -> None:
     harness.generate("a", PROMPT, 4)
-    harness.engine.handle(StopAt("r1", len(PROMPT) + 2))
+    harness.engine.handle(StopAt("r1", "a", len(PROMPT) + 2))
     log = PROMPT + continuation(PROMPT, 2)
     assert harness.session("a").tokens == log
     assert harness.generate("a", [4]) == continuation([*log, 4], 4)
@@ -315,7 +316,7 @@ def test_the_very_same_context_again_computes_its_last_block_only(harness: Engin
     ("fields", "reason"),
     [
         ({"append": []}, "INVALID_REQUEST"),
-        ({"append": [997]}, "INVALID_REQUEST"),
+        ({"append": [998]}, "INVALID_REQUEST"),
         ({"append": [-1]}, "INVALID_REQUEST"),
         ({"append": [1] * 65}, "CONTEXT_TOO_LONG"),
         ({"append": [1] * 60, "max_tokens": 5}, "CONTEXT_TOO_LONG"),
@@ -359,6 +360,48 @@ def test_a_stale_command_does_nothing(harness: EngineHarness) -> None:
         reasons.append(done.error.reason)
     assert reasons == ["STALE_GENERATION", "COMMAND_TIMEOUT", "SESSION_UNKNOWN"]
     assert harness.session("a").kv.held
+
+
+def test_a_late_generate_does_not_revive_a_closed_session(harness: EngineHarness) -> None:
+    harness.generate("a", PROMPT)
+    running = harness.submit("a", [1], max_tokens=20)
+    harness.turn()
+    harness.carry_out("a", Close())
+    late = harness.submit("a", PROMPT)
+    harness.run()
+    for request in (running, late):
+        rejected = harness.generation(request).rejected
+        assert rejected is not None
+        assert rejected.error.reason == "SESSION_CLOSED"
+    harness.carry_out("a", Open())
+    assert harness.generate("a", PROMPT) == continuation(PROMPT, 4)
+
+
+def test_logits_that_are_not_numbers_fail_one_request_and_are_not_shared(
+    harness: EngineHarness,
+) -> None:
+    poisoned = [*range(2 * BLOCK), POISON, *range(BLOCK)]
+    bad = harness.submit("a", poisoned)
+    other = harness.submit("b", PROMPT)
+    harness.run()
+    for _ in range(2):
+        rejected = harness.generation(bad).rejected
+        assert rejected is not None
+        assert rejected.error.code == "INTERNAL"
+        bad = harness.submit("c", poisoned)
+        harness.run()
+    assert harness.generation(other).tokens == continuation(PROMPT, 4)
+    assert harness.engine.report().counters.prefix_hit_tokens == 0
+
+
+def test_a_fork_s_blocks_are_no_resident_hits(harness: EngineHarness) -> None:
+    first = harness.generate("a", PROMPT, 6)
+    request = harness.submit("fork", [1], full_context=[*PROMPT, *first])
+    harness.run()
+    started = harness.generation(request).started
+    assert started is not None
+    assert (started.kv.resident_blocks, started.kv.prefix_hit_tokens) == (0, 12)
+    assert harness.engine.report().counters.resident_hit_blocks == 0
 
 
 def test_closing_frees_everything(harness: EngineHarness) -> None:

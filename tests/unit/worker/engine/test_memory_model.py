@@ -20,6 +20,7 @@ from services.worker.messages import (
     Drop,
     Evict,
     EvictMode,
+    Open,
     Prefetch,
     Restore,
     SetHint,
@@ -60,7 +61,11 @@ class MemoryMachine(RuleBasedStateMachine):
             max_step_tokens=6,
             make_stream=ManualStream,
         )
+        # What each session's log must be, kept apart from the engine's own.
+        self.logs: dict[str, list[int]] = {}
         self.running: dict[str, tuple[str, list[int]]] = {}
+        self.stops: dict[str, int] = {}
+        self.closed_requests: set[str] = set()
         self.commands: list[str] = []
 
     # --- what can happen -------------------------------------------------------------------------
@@ -85,11 +90,18 @@ class MemoryMachine(RuleBasedStateMachine):
     def stop(self, name: str, kept: int) -> None:
         if name in self.running:
             request_id, context = self.running[name]
-            self.harness.engine.handle(StopAt(request_id, len(context) + kept))
+            length = len(context) + kept
+            self.stops[name] = min(length, self.stops.get(name, length))
+            self.harness.engine.handle(StopAt(request_id, name, length))
 
     @rule(name=NAMES, action=ACTIONS)
     def command(self, name: str, action: Action) -> None:
         self.commands.append(self.harness.command(name, action))
+        if isinstance(action, Close):
+            self.commands.append(self.harness.command(name, Open()))
+            self.logs[name] = []
+            if name in self.running:
+                self.closed_requests.add(self.running[name][0])
 
     @rule()
     def turn(self) -> None:
@@ -120,18 +132,29 @@ class MemoryMachine(RuleBasedStateMachine):
             found = self.harness.generation(request_id)
             assert found.tokens is not None
             assert found.tokens == continuation(context, len(found.tokens))
-            if found.rejected is not None:
-                assert found.rejected.error.code in ("CANCELLED", "OUT_OF_RANGE")
-            if found.finished is not None or found.rejected is not None:
-                del self.running[name]
+            if found.finished is None and found.rejected is None:
+                continue
+            del self.running[name]
+            stop = self.stops.pop(name, None)
+            if found.rejected is not None and found.rejected.error.reason != "CANCELLED":
+                assert found.rejected.error.reason in ("CONTEXT_TOO_LONG", "SESSION_CLOSED")
+            elif request_id not in self.closed_requests:
+                self.logs[name] = (context + found.tokens)[:stop]
+
+    @invariant()
+    def every_log_is_what_was_said(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        for name, session in self.harness.engine.sessions.items():
+            if name not in self.running:
+                assert session.tokens == self.logs.get(name, [])
 
     @invariant()
     def every_slot_is_accounted_for(self) -> None:
         if not hasattr(self, "harness"):
             return
         self.harness.engine.check_integrity()
-        tables = [session.kv for session in self.harness.engine.sessions.values()]
-        for pool in self.harness.blocks.pool_states(tables):
+        for pool in self.harness.blocks.pool_states():
             assert pool.free + pool.used + pool.reclaimable + pool.in_flight == pool.total
             assert min(pool.free, pool.used, pool.reclaimable, pool.in_flight) >= 0
 
@@ -163,8 +186,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.running[name] = (request_id, log)
 
     def _log(self, name: str) -> list[int]:
-        session = self.harness.engine.sessions.get(name)
-        return [] if session is None else list(session.tokens)
+        return list(self.logs.get(name, []))
 
     def _stream(self, name: str) -> ManualStream:
         stream = self.harness.streams[name]
