@@ -75,7 +75,7 @@ class Row:
 
 
 def measure_djinn(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], count: int, lengths_seed: int = 0
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], count: int
 ) -> Callable[[], Round]:
     """Returns what runs one round through `ModelRunner`, over a pool in scrambled order."""
     layout = KVLayout(
@@ -90,9 +90,7 @@ def measure_djinn(
     stream = CpuStream("compute", Wakeup())
     runner = ModelRunner(loaded, layout, layout.view(pool), stream)
     runner.warm_up()
-    order = torch.randperm(
-        sum(needed), generator=torch.Generator().manual_seed(lengths_seed)
-    ).tolist()
+    order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).tolist()
     tables = [[order.pop() for _ in range(blocks)] for blocks in needed]
 
     def run() -> Round:
@@ -158,7 +156,6 @@ def measure_generate(
                 ids,
                 attention_mask=seen,
                 max_new_tokens=count,
-                min_new_tokens=count,
                 do_sample=False,
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([clock]),
@@ -307,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    # Nobody stops early: all generate the same number of tokens.
+    loaded.model.generation_config.eos_token_id = None
     prompts = make_prompts(args.batch, args.context, args.spread, loaded.vocab_size)
     peers = {
         "djinn": measure_djinn(loaded, prompts, args.new_tokens),

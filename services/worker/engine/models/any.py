@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from services.common.errors import ConfigError
 from services.worker.engine.attention import AttentionBackend, Plan
+from services.worker.engine.models.few_rows import FewRows
 
 ATTENTION_NAME = "djinn"
 
@@ -161,6 +162,7 @@ class AnyModel:
     def __init__(self, model: PreTrainedModel) -> None:
         """Takes a model that was loaded with ``attn_implementation=ATTENTION_NAME``."""
         self._model = model
+        self._few_rows = FewRows(model)
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -216,12 +218,13 @@ class AnyModel:
         attention: LayerAttention,
     ) -> torch.Tensor:
         keep = {"logits_to_keep": rows} if self._keeps_rows else {}
-        output = self._model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            djinn=attention,
-            **keep,
-        )
+        with self._few_rows.switched_on():
+            output = self._model(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                djinn=attention,
+                **keep,
+            )
         logits: torch.Tensor = output.logits[0]
         return logits if self._keeps_rows else logits[rows]
