@@ -34,7 +34,6 @@ from djinn_client._types import (
     Stats,
     TokenLogprob,
     Turn,
-    Usage,
     WorkerInfo,
 )
 
@@ -118,7 +117,10 @@ def set_append(request: inference_service_pb2.GenerateRequest, prompt: Prompt | 
     if prompt is None:
         return
     if isinstance(prompt, str):
-        request.append_text = prompt
+        try:
+            request.append_text = prompt
+        except ValueError as error:  # a lone surrogate, which UTF-8 has no bytes for
+            raise InvalidRequestError.of_field("append_text", str(error)) from None
         return
     try:
         parts: list[object] = [prompt] if isinstance(prompt, Turn) else list(prompt)
@@ -130,9 +132,13 @@ def set_append(request: inference_service_pb2.GenerateRequest, prompt: Prompt | 
         ids = token_ids_to_proto("append_token_ids", parts)
         request.append_token_ids.CopyFrom(ids)
     elif len(turns) == len(parts):
-        request.append_chat.turns.extend(
-            inference_service_pb2.ChatTurn(role=turn.role, content=turn.content) for turn in turns
-        )
+        try:
+            request.append_chat.turns.extend(
+                inference_service_pb2.ChatTurn(role=turn.role, content=turn.content)
+                for turn in turns
+            )
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError.of_field("append_chat", str(error)) from None
     else:
         raise InvalidRequestError.of_field("prompt", "mixes turns with token ids")
 
@@ -150,6 +156,11 @@ def _time_of(message: Message, field: str) -> dt.datetime | None:
         return None
     value: Timestamp = getattr(message, field)
     return value.ToDatetime(dt.UTC)
+
+
+def _epoch_seconds_of(message: Message, field: str) -> float | None:
+    time = _time_of(message, field)
+    return None if time is None else time.timestamp()
 
 
 def phase_from_proto(value: types_pb2.AgentPhase.ValueType) -> Phase:
@@ -176,16 +187,6 @@ def piece_from_proto(delta: inference_service_pb2.GenerateDelta) -> Piece:
 def finish_reason_from_proto(reason: inference_service_pb2.FinishReason.ValueType) -> FinishReason:
     """Returns why a generation ended; a reason newer than this client counts as STOP."""
     return _FINISH_REASONS.get(reason, FinishReason.STOP)
-
-
-def usage_from_proto(usage: inference_service_pb2.Usage) -> Usage:
-    """Returns what a generation cost."""
-    return Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        prefilled_tokens=usage.prefilled_tokens,
-        completion_tokens=usage.completion_tokens,
-    )
 
 
 def kv_source_from_proto(kv: inference_service_pb2.KvSource) -> KvSource:
@@ -311,6 +312,8 @@ def stats_from_proto(stats: admin_service_pb2.GetStatsResponse) -> Stats:
         },
         policy=stats.policy,
         uptime_s=seconds_of(stats.uptime),
+        report_time_s=_epoch_seconds_of(stats, "report_time"),
+        answer_time_s=_epoch_seconds_of(stats, "answer_time"),
         device=_pool_from_proto(stats.device),
         host=_pool_from_proto(stats.host),
     )

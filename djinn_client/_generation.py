@@ -227,7 +227,7 @@ class Generation(AsyncIterator[Piece]):
         elif isinstance(error, UnavailableError):
             await self._wait_for_worker(run, error)
         elif isinstance(error, DeadlineExceededError):
-            raise run.deadline.error() from None
+            raise run.deadline.error()
         else:
             raise error
         run.on_resumption(error)

@@ -40,8 +40,11 @@ def request_of(
         request.sampling.seed = secrets.randbits(64)
     for name in ("max_tokens", "ignore_eos", "logprobs", "return_logits"):
         _set(request, name, options.get(name))
-    stop = options.get("stop") or ()
-    _extend(request, "stop_strings", (stop,) if isinstance(stop, str) else stop)
+    stop = options.get("stop")
+    if stop is not None:
+        _extend(request, "stop_strings", (stop,) if isinstance(stop, str) else stop)
+    if "" in request.stop_strings:
+        raise InvalidRequestError.of_field("stop", "an empty string would stop everywhere")
     _extend(request, "stop_token_ids", options.get("stop_token_ids") or ())
     return request
 

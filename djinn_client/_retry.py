@@ -34,10 +34,17 @@ class Deadline:
         self._timeout_s = timeout_s
         self._end = time.monotonic() + timeout_s
         self._what = what
+        self.last_error: DjinnError | None = None
+        """Why the last try failed, unless there was progress since."""
 
     def error(self) -> DeadlineExceededError:
-        """Returns the error of having missed it."""
-        return DeadlineExceededError(f"{self._what} was not done within {self._timeout_s:g} s")
+        """Returns the error of having missed it, caused by the last try's."""
+        message = f"{self._what} was not done within {self._timeout_s:g} s"
+        if self.last_error is not None:
+            message += f"; the last try failed: {self.last_error.message}"
+        error = DeadlineExceededError(message)
+        error.__cause__ = self.last_error
+        return error
 
     def remaining_s(self, most_s: float | None = None) -> float:
         """Returns the seconds left, at most `most_s`.
@@ -60,13 +67,15 @@ class Backoff:
     def __init__(self, policy: RetryPolicy, deadline: Deadline | None = None) -> None:
         self._policy = policy
         self._deadline = deadline
-        self._tries = 0
+        self._longest_s = policy.initial_s
         self._give_up_at = time.monotonic() + policy.give_up_s
 
     def progress(self) -> None:
         """Starts anew: the operation came forward."""
-        self._tries = 0
+        self._longest_s = self._policy.initial_s
         self._give_up_at = time.monotonic() + self._policy.give_up_s
+        if self._deadline is not None:
+            self._deadline.last_error = None
 
     async def pause(self, error: DjinnError) -> None:
         """Waits before the next try.
@@ -78,13 +87,13 @@ class Backoff:
             DjinnError: `error`, if it is time to give up.
             DeadlineExceededError: The operation's own deadline would pass during the pause.
         """
-        longest = min(
-            self._policy.max_s, self._policy.initial_s * self._policy.multiplier**self._tries
-        )
-        pause_s = random.uniform(longest / 2, longest)
+        longest_s = min(self._policy.max_s, self._longest_s)
+        self._longest_s = longest_s * self._policy.multiplier
+        pause_s = random.uniform(longest_s / 2, longest_s)
         if error.retry_after_s is not None:
             pause_s = max(pause_s, error.retry_after_s)
-        self._tries += 1
+        if self._deadline is not None:
+            self._deadline.last_error = error
         if time.monotonic() + pause_s >= self._give_up_at:
             raise error
         if self._deadline is not None:

@@ -135,6 +135,7 @@ class PhaseSender:
         """Opens the stream ahead of the first signal."""
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="djinn phase signals")
+            self._task.add_done_callback(self._on_end)
 
     def post(self, signal: Signal) -> None:
         """Sends a signal as soon as possible and until it is answered."""
@@ -197,6 +198,17 @@ class PhaseSender:
             _log.debug("phase signals: %s", error.message)
             await backoff.pause(error)
             self._requeue()
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """Prepares for another start, with the next signal, after an end that is a bug."""
+        if task.cancelled():
+            return
+        _log.error(
+            "a bug ended the sending of phase signals; it starts anew with the next signal",
+            exc_info=task.exception(),
+        )
+        self._task = None
+        self._requeue()
 
     def _requeue(self) -> None:
         """Queues for a new stream what the old one may have lost: the newest of each session."""

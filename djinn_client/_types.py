@@ -182,11 +182,6 @@ class KvSource:
     load_s: float = 0.0
     prefix_hit_tokens: int = 0
 
-    @property
-    def was_moved(self) -> bool:
-        """True if KV was copied from the host or computed again."""
-        return self.loaded_blocks > 0 or self.recomputed_tokens > 0
-
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
@@ -386,12 +381,15 @@ class Stats:
     """What the system has done since the scheduler started, all workers together.
 
     Attributes:
-        counters: Counters of all workers, those of lost ones included.
+        counters: Counters of all workers, those of lost ones included, as of `report_time_s`.
         phases: Open sessions in each phase.
         policy: The policy in force.
         uptime_s: Since the scheduler started.
         device: All device pools together.
         host: All host pools together.
+        report_time_s: When the oldest of the connected workers' last reports came, in seconds since
+            the epoch on the scheduler's clock; None: there is none of some worker, or no worker.
+        answer_time_s: When this was answered, on the same clock; None: the scheduler does not say.
     """
 
     counters: Counters
@@ -400,3 +398,5 @@ class Stats:
     uptime_s: float = 0.0
     device: PoolInfo = field(default_factory=PoolInfo)
     host: PoolInfo = field(default_factory=PoolInfo)
+    report_time_s: float | None = None
+    answer_time_s: float | None = None

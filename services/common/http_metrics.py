@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from services.common.network import check_can_listen, join_host_port, listen_error
 
 _logger = logging.getLogger(__name__)
+
+
+class _RequestLog(logging.LoggerAdapter[logging.Logger]):
+    """What aiohttp logs of requests: those that are no HTTP, as a gRPC client's, in a line."""
+
+    def exception(self, msg: object, *args: object, exc_info: Any = True, **kwargs: Any) -> None:
+        if isinstance(exc_info, HttpProcessingError):
+            said = exc_info.message.strip().partition("\n")[0]
+            _logger.debug("a request that is no HTTP: %s", said)
+        else:
+            super().exception(msg, *args, exc_info=exc_info, **kwargs)
 
 
 class MetricsServer:
@@ -53,7 +66,9 @@ class MetricsServer:
         app.router.add_get("/metrics", self._serve_metrics)
         app.router.add_get("/metrics/vmu", self._serve_vmu)
         app.router.add_get("/healthz", self._serve_healthz)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=1.0, logger=_RequestLog(_logger)
+        )
 
     @property
     def address(self) -> str:

@@ -16,7 +16,7 @@ from services.common.session_token import check_session_id
 from services.common.telemetry import traceparent_of
 from services.scheduler.convert import operators as convert
 from services.scheduler.convert.agents import to_phase
-from services.scheduler.convert.times import to_duration
+from services.scheduler.convert.times import to_duration, to_timestamp
 from services.scheduler.coordinator import Coordinator
 from services.scheduler.domain import (
     Action,
@@ -100,6 +100,8 @@ class AdminService(pb_grpc.AdminServiceServicer):
         del request, context
         coordinator = self._coordinator
         device, host = coordinator.registry.pools()
+        report_s = coordinator.registry.report_time_s()
+        now_s = self._clock()
         return pb.GetStatsResponse(
             counters=convert.to_counters(coordinator.registry.totals()),
             phases=[
@@ -107,9 +109,11 @@ class AdminService(pb_grpc.AdminServiceServicer):
                 for phase in (Phase.OPEN, Phase.COMPUTE, Phase.IO_WAIT)
             ],
             policy=coordinator.policy.name,
-            uptime=to_duration(self._clock() - coordinator.start_s),
+            uptime=to_duration(now_s - coordinator.start_s),
             device=convert.to_pool(device),
             host=convert.to_pool(host),
+            report_time=None if report_s is None else to_timestamp(report_s),
+            answer_time=to_timestamp(now_s),
         )
 
     async def _command(

@@ -166,7 +166,8 @@ class ControlService(control_grpc.WorkerControlServiceServicer):
         events.heard(worker, now_s)
         match message.WhichOneof("message"):
             case "ack":
-                events.acked(message.ack.command_id)
+                # That the worker lives is all it says here; a result follows.
+                return
             case "result":
                 result = convert.result(message.result)
                 self._metrics.command_ended(result)

@@ -124,9 +124,10 @@ class Coordinator:
         Raises:
             DrainingError: The scheduler is about to stop.
             ExhaustedError: No more are admitted now.
-            NoWorkerError: No worker could hold it.
+            NoWorkerError: No worker could hold it now.
             SessionClosedError: A session of this id has ended.
             SessionExistsError: The id is another tenant's.
+            UnsupportedError: None of the workers connected serves the model.
         """
         session_id = request.session_id or f"s-{uuid.uuid4().hex}"
         session = self.store.get(session_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from services.common.errors import NoWorkerError
+from services.common.errors import NoWorkerError, UnsupportedError
 from services.scheduler import record
 from services.scheduler.domain import (
     MOVES,
@@ -199,7 +199,7 @@ class Dispatcher:
             return
         try:
             self.place(session, now_s, expected_tokens)
-        except NoWorkerError:
+        except (NoWorkerError, UnsupportedError):
             # Its place is kept: its own worker may be the first to come back.
             return
 
@@ -207,10 +207,16 @@ class Dispatcher:
         """Places a session on the worker with the most room and tells that worker.
 
         Raises:
-            NoWorkerError: There is none.
+            NoWorkerError: There is none now.
+            UnsupportedError: None of those connected serves the session's model.
         """
         tokens = expected_tokens or session.context_length
-        chosen = place(self.registry.views.values(), session.model, tokens)
+        chosen = place(
+            self.registry.views.values(),
+            session.model,
+            tokens,
+            lost_models={w.hello.model.model for w in self.registry if w.link is None},
+        )
         worker = self.registry.require(chosen.worker_id)
         self.move(session, worker, expected_blocks(chosen, tokens))
         self._make_known(session, now_s)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from services.common.errors import NoWorkerError
+from services.common.errors import NoWorkerError, UnsupportedError
 from services.scheduler.policy.view import WorkerView
 
 
-def place(workers: Iterable[WorkerView], model: str, expected_tokens: int = 0) -> WorkerView:
+def place(
+    workers: Iterable[WorkerView],
+    model: str,
+    expected_tokens: int = 0,
+    *,
+    lost_models: Collection[str] = (),
+) -> WorkerView:
     """Chooses the worker with the most free capacity.
 
     Args:
         workers: All that are connected.
         model: The model wanted; empty: any.
         expected_tokens: Tokens the session is expected to hold; 0: unknown.
+        lost_models: Models of workers that were connected and may come back.
 
     Returns:
         The worker. Of equals, the one with the fewest sessions, then the first by id.
 
     Raises:
-        NoWorkerError: None serves the model, or all that do are draining.
+        NoWorkerError: None is connected, or those that serve the model are lost or draining.
+        UnsupportedError: Others are connected, and none serves the model.
     """
     everyone = list(workers)
     if not everyone:
@@ -28,7 +36,10 @@ def place(workers: Iterable[WorkerView], model: str, expected_tokens: int = 0) -
     serving = [worker for worker in everyone if not model or worker.model == model]
     if not serving:
         served = ", ".join(sorted({worker.model for worker in everyone}))
-        raise no_worker(f"no worker serves model {model!r}; those connected serve {served}")
+        problem = f"no worker serves model {model!r}; those connected serve {served}"
+        if model in lost_models:
+            raise no_worker(problem)
+        raise UnsupportedError(f"model: {problem}", metadata={"model": model, "served": served})
     ready = [worker for worker in serving if not worker.draining]
     if not ready:
         raise no_worker(f"all {len(serving)} workers that could serve this are draining")

@@ -34,12 +34,10 @@ class Prediction:
     Attributes:
         early_s: One in ten is over by then.
         median_s: Half are.
-        late_s: Nine in ten are.
     """
 
     early_s: float
     median_s: float
-    late_s: float
     source: Source
 
 
@@ -161,7 +159,7 @@ class Predictor:
         known = tool is not None and tool.ratios.weight >= self._enough
         ratios = tool.ratios if tool is not None and known else self._all.ratios
         if ratios.weight < self._enough:
-            return Prediction(expected_s, expected_s, expected_s, Source.HINT)
+            return Prediction(expected_s, expected_s, Source.HINT)
         return _prediction(ratios, Source.HINT, expected_s)
 
     def _tool(self, name: str) -> _Tool:
@@ -175,5 +173,5 @@ class Predictor:
 
 
 def _prediction(seen: DecayingHistogram, source: Source, unit_s: float = 1.0) -> Prediction:
-    early, median, late = seen.quantiles(0.1, 0.5, 0.9)
-    return Prediction(early * unit_s, median * unit_s, late * unit_s, source)
+    early, median = seen.quantiles(0.1, 0.5)
+    return Prediction(early * unit_s, median * unit_s, source)

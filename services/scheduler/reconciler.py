@@ -24,7 +24,6 @@ class InFlight:
         sent_s: When it was first sent.
         attempts: How often it was sent.
         superseded: A later command says otherwise.
-        acked: The worker has taken it on.
         on_done: Told once how it ended; None: nobody waits.
     """
 
@@ -33,7 +32,6 @@ class InFlight:
     sent_s: float
     attempts: int = 1
     superseded: bool = False
-    acked: bool = False
     on_done: OnDone | None = None
 
 
@@ -108,12 +106,6 @@ class Reconciler:
         entry = self._commands.get(command_id)
         if entry is not None:
             entry.superseded = True
-
-    def ack(self, command_id: str) -> None:
-        """Notes that the worker has taken a command on."""
-        entry = self._commands.get(command_id)
-        if entry is not None:
-            entry.acked = True
 
     def end(self, result: CommandResult) -> InFlight | None:
         """Takes in how a command ended and tells who waits for it.

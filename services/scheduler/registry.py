@@ -38,6 +38,7 @@ class WorkerState:
         sessions: Ids of the sessions placed on it.
         unreported_blocks: Blocks that sessions placed since the last report are expected to need.
         heard_s: When its last message came.
+        reported_s: When its last report came; meaningless without one.
         lost_s: When its stream ended; meaningless while connected.
     """
 
@@ -48,6 +49,7 @@ class WorkerState:
     sessions: set[str] = field(default_factory=set)
     unreported_blocks: int = 0
     heard_s: float = 0.0
+    reported_s: float = 0.0
     lost_s: float = 0.0
 
     @property
@@ -172,6 +174,8 @@ class Registry:
     def report(self, worker: WorkerState, report: Report) -> None:
         """Takes in a worker's report."""
         worker.report = report
+        # Whoever takes in a message has noted before when it came.
+        worker.reported_s = worker.heard_s
         worker.unreported_blocks = 0
         self.changed(worker)
 
@@ -210,6 +214,16 @@ class Registry:
         """Returns what all worker processes have done, those that ended included."""
         live = (worker.report.counters for worker in self if worker.report)
         return Counters.sum((self._past, *live))
+
+    def report_time_s(self) -> float | None:
+        """Returns when the oldest of the connected workers' last reports came.
+
+        None if no worker is connected, or one of them has not reported yet.
+        """
+        connected = [worker for worker in self if worker.link is not None]
+        if not connected or any(worker.report is None for worker in connected):
+            return None
+        return min(worker.reported_s for worker in connected)
 
     def pools(self) -> tuple[PoolState, PoolState]:
         """Returns the device pools and the host pools of all connected workers as one each."""

@@ -14,7 +14,13 @@ from opentelemetry.context import Context
 
 from djinn.v1 import agent_service_pb2 as pb
 from djinn.v1 import agent_service_pb2_grpc as pb_grpc
-from services.common.errors import DjinnError, DrainingError, InvalidRequestError, NoWorkerError
+from services.common.errors import (
+    DjinnError,
+    DrainingError,
+    InvalidRequestError,
+    NoWorkerError,
+    UnsupportedError,
+)
 from services.common.session_token import check_session_id
 from services.common.status import status_from_error
 from services.common.telemetry import context_from_traceparent, traceparent_of
@@ -197,7 +203,8 @@ class AgentService(pb_grpc.AgentServiceServicer):
             now_s = self._clock()
             try:
                 return self._coordinator.open_session(wanted, now_s)
-            except NoWorkerError:
+            except (NoWorkerError, UnsupportedError):
+                # Just after its own start not all workers have found it yet.
                 starting = now_s < self._coordinator.start_s + config.worker_wait_s
                 alone = not self._coordinator.registry.views
                 if now_s >= give_up_s or not (starting or alone):

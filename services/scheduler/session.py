@@ -50,13 +50,10 @@ class Transition:
 
     Attributes:
         applied: False if the signal was late or a repeat and changed nothing.
-        entered: The signal began a new stay in its phase: it came from another phase, or another
-            tool call began.
         waited: The tool call that the signal ended; None if none or if its end was not seen.
     """
 
     applied: bool
-    entered: bool = False
     waited: Waited | None = None
 
 
@@ -144,6 +141,7 @@ class Session:
         if self.phase is Phase.IO_WAIT and signal.phase is Phase.COMPUTE and successive:
             duration_s = max(0.0, now_s - self.phase_since_s)
             waited = Waited(self.tool_name, self.expected_s, duration_s)
+        # A new stay in a phase comes from another one, or with another tool call.
         entered = signal.phase is not self.phase or signal.phase is Phase.IO_WAIT
         self.sequence = signal.sequence
         self.signalled_s = now_s
@@ -155,7 +153,7 @@ class Session:
         self.expected_s = signal.expected_s if waiting else None
         self.expected_wake_s = None
         self.early_wake_s = None
-        return Transition(applied=True, entered=entered, waited=waited)
+        return Transition(applied=True, waited=waited)
 
     def close(self, now_s: float) -> None:
         """Ends the session; does nothing to one that has ended."""

@@ -81,10 +81,6 @@ class WorkerEvents:
         """Takes in a worker's report."""
         self._registry.report(worker, report)
 
-    def acked(self, command_id: str) -> None:
-        """Takes in that a worker has taken a command on."""
-        self._reconciler.ack(command_id)
-
     def happened(self, worker: WorkerState, event: SessionEvent, now_s: float) -> None:
         """Takes in that a session has changed on its worker's own account."""
         snapshot = event.session

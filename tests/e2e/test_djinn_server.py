@@ -15,18 +15,25 @@ import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import djinn_client as djinn
 from djinn_client.tracing import tracer_provider
+from tests.support.djinn_server import (
+    NO_PORTS,
+    PROMPT,
+    READY_LINE,
+    SMALL,
+    SPANS_OF_A_WAKE,
+    TRACED,
+    Server,
+    wake_up,
+)
 
 pytestmark = pytest.mark.timeout(240)
 
-READY_LINE = "Djinn runtime initialized"
-NO_PORTS = ("--port=0", "--worker-port=0", "--metrics-port=0", "--worker-metrics-port=0")
-SMALL = ("--model=dummy:tiny", "--device=cpu", "--device-pool-gib=0.02", "--cpu-threads=1")
-PROMPT = list(range(1, 50))
 # The seed's check of its server's health, with the port of this one.
 SEEDS_CHECK = """
 import json, sys
@@ -35,57 +42,6 @@ ss = d.get('semantic_scheduler', {})
 sw = ss.get('swap_pool', {})
 print(f'Server OK: swaps={sw.get("swaps_performed", 0)}, status={d.get("status", "unknown")}')
 """
-
-
-class Server:
-    """A djinn-server, its lines and its children's process ids."""
-
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self._stderr = folder / "stderr"
-        with self._stderr.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.server", *flags],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self.lines: list[str] = []
-
-    def read_until(self, pattern: str) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            if re.search(pattern, line):
-                return line
-        raise AssertionError(f"no line {pattern!r}: {self.lines} {self.stderr}")
-
-    @property
-    def stderr(self) -> str:
-        return self._stderr.read_text()
-
-    @property
-    def endpoint(self) -> str:
-        [line] = [line for line in self.lines if line.startswith("agents connect to ")]
-        return line.split()[3]
-
-    def pid(self, name: str) -> int:
-        return int(re.findall(rf"{name} is process (\d+)", self.stderr)[-1])
-
-    def rest(self) -> list[str]:
-        assert self.process.stdout is not None
-        rest = self.process.stdout.read().splitlines()
-        self.process.wait()
-        return rest
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 def free_port() -> int:
@@ -100,14 +56,7 @@ def metrics_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trace") / "trace.jsonl"
-
-
-@pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, metrics_port: int, trace_file: Path
-) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, metrics_port: int) -> Iterator[Server]:
     """A server that runs through the module; each test leaves it running."""
     with Server(
         tmp_path_factory.mktemp("server"),
@@ -117,7 +66,6 @@ def server(
         "--worker-metrics-port=0",
         "--enable-semantic-scheduler",
         "--host-swap-pool-gb=0.02",
-        f"--trace-file={trace_file}",
         *SMALL,
     ) as server:
         server.read_until(READY_LINE)
@@ -160,47 +108,39 @@ def fetch(url: str) -> bytes:
         return body
 
 
-async def test_one_wake_is_one_trace_through_all_three_processes(
-    server: Server, trace_file: Path
-) -> None:
+async def test_one_wake_is_one_trace_through_all_three_processes(tmp_path: Path) -> None:
+    trace_file = tmp_path / "trace.jsonl"
     provider = tracer_provider("agent", trace_file=trace_file, environ={})
     assert provider is not None
-    async with (
-        await djinn.connect(server.endpoint, tracer_provider=provider) as client,
-        client.session() as agent,
-    ):
-        await agent.generate(PROMPT, max_tokens=4, ignore_eos=True).result()
-        async with agent.tool("search"):
-            pass
-        await agent.generate([7, 8, 9], max_tokens=4, ignore_eos=True).result()
-    provider.shutdown()
+    with Server(tmp_path, *TRACED, f"--trace-file={trace_file}") as server:
+        server.read_until(READY_LINE)
+        await wake_up(server, provider)
 
-    wanted = {
-        ("agent", "agent.wake"),
-        ("djinn-scheduler", "signal_phase"),
-        ("djinn-scheduler", "policy.decide"),
-        ("djinn-worker", "generate"),
-        ("djinn-worker", "queue"),
-        ("djinn-worker", "prefill"),
-    }
-    # The servers write what they recorded within a second.
-    while not any(  # noqa: ASYNC110 - other processes write the file
-        wanted <= names for names in traces(trace_file).values()
-    ):
-        await asyncio.sleep(0.1)
+    found = list(spans(trace_file))
+    [wake] = [trace_id for trace_id, _, name, _ in found if name == "agent.wake"]
+    names = {(service, name) for trace_id, service, name, _ in found if trace_id == wake}
+    assert names >= SPANS_OF_A_WAKE
+    moved = [
+        int(attributes["djinn.kv.bytes"]["intValue"])
+        for trace_id, _, name, attributes in found
+        if trace_id == wake and name == "kv.restore"
+    ]
+    assert any(moved)
 
 
-def traces(path: Path) -> dict[str, set[tuple[str, str]]]:
-    """Returns the (service, span) pairs of each trace id in a file."""
-    found: dict[str, set[tuple[str, str]]] = {}
+def spans(path: Path) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Yields trace id, service, name and attributes of each span in a file."""
     for line in path.read_text().splitlines():
         for resource in json.loads(line)["resourceSpans"]:
-            attributes = {item["key"]: item["value"] for item in resource["resource"]["attributes"]}
-            service = attributes["service.name"]["stringValue"]
+            service = values(resource["resource"])["service.name"]["stringValue"]
             for scope in resource["scopeSpans"]:
                 for span in scope["spans"]:
-                    found.setdefault(span["traceId"], set()).add((service, span["name"]))
-    return found
+                    yield span["traceId"], service, span["name"], values(span)
+
+
+def values(owner: dict[str, Any]) -> dict[str, Any]:
+    """Returns the attributes of a span or a resource by name."""
+    return {item["key"]: item["value"] for item in owner.get("attributes", ())}
 
 
 @pytest.mark.parametrize("victim", ["djinn-scheduler", "djinn-worker"])
@@ -236,8 +176,7 @@ async def test_agents_finish_with_the_same_tokens_though_a_part_is_killed(
 async def test_ctrl_c_ends_all_of_it_in_order(server: Server) -> None:
     children = [server.pid("djinn-scheduler"), server.pid("djinn-worker")]
 
-    server.process.send_signal(signal.SIGINT)
-    server.rest()
+    server.interrupt()
 
     assert server.process.returncode == 0
     # The worker first: the scheduler answers agents until their last token is out.

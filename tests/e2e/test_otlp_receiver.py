@@ -11,15 +11,18 @@ import re
 import shutil
 import socket
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from djinn_client.tracing import tracer_provider
 from services.common.config import TelemetryConfig
 from services.common.telemetry import context_from_traceparent, record_span, setup
+from tests.support.djinn_server import READY_LINE, SPANS_OF_A_WAKE, TRACED, Server, wake_up
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.timeout(240)]
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -78,3 +81,33 @@ def test_a_span_arrives_with_its_trace_parent_and_attributes(
     assert "kv.restore" in received
     assert "djinn-worker" in received
     assert "563000000" in received
+
+
+async def test_all_spans_of_a_wake_arrive_under_one_trace_id(
+    rotel: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, output = rotel
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    provider = tracer_provider("agent")
+    assert provider is not None
+    with Server(tmp_path, *TRACED) as server:
+        server.read_until(READY_LINE)
+        await wake_up(server, provider)
+
+    received = traces(output.read_text())
+    [wake] = [names for names in received.values() if ("agent", "agent.wake") in names]
+    assert wake >= SPANS_OF_A_WAKE
+
+
+def traces(printed: str) -> dict[str, set[tuple[str, str]]]:
+    """Returns the (service, span) pairs of each trace id in what the collector printed."""
+    found: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
+    service = trace_id = ""
+    for line in printed.splitlines():
+        if said := re.match(r" *-> service\.name: Str\((.*)\)", line):
+            service = said[1]
+        elif said := re.match(r" *Trace ID *: (\w+)", line):
+            trace_id = said[1]
+        elif said := re.match(r" *Name *: (.*\S)", line):
+            found[trace_id].add((service, said[1]))
+    return found

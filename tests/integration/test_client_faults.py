@@ -267,6 +267,24 @@ async def test_a_worker_that_has_not_noticed_the_cut_is_waited_for(
         await agent.generate_text("z")
 
 
+async def test_a_session_that_the_worker_says_is_closed_is_not_tried_again(
+    fake: FakeServer, agent: djinn.Session
+) -> None:
+    fake.fail("Generate", "SESSION_CLOSED")
+    with pytest.raises(djinn.SessionClosedError):
+        await agent.generate_text("x")
+    assert len(fake.requests) == 1
+
+
+async def test_a_missed_deadline_names_what_the_last_try_met(
+    fake: FakeServer, agent: djinn.Session
+) -> None:
+    fake.fail("Generate", "ENGINE_LOST", times=1000)
+    with pytest.raises(djinn.DeadlineExceededError, match="the last try failed") as caught:
+        await agent.generate_text("x", timeout_s=0.3)
+    assert isinstance(caught.value.__cause__, djinn.EngineLostError)
+
+
 async def test_closing_the_session_ends_the_wait_for_its_worker(
     fake: FakeServer, client: djinn.Client, agent: djinn.Session
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from services.common.errors import (
     EngineLostError,
+    SessionClosedError,
     UnknownSessionError,
     UnsupportedError,
 )
@@ -225,7 +226,7 @@ class Front:
 
     def on_generation_over(self, generation: Generation) -> None:
         """A request is over."""
-        if isinstance(generation.error, UnknownSessionError):
+        if isinstance(generation.error, UnknownSessionError | SessionClosedError):
             self._logs.forget(generation.submit.session_id)
         self._metrics.on_generation_over(generation)
         self._spans.generation(generation, generation.trace)

@@ -40,7 +40,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Takes one token; returns the text that is certain now, often empty."""
-        piece = self._stream.step(self._tokenizer, token_id)
+        piece = self._step(token_id)
         if piece is None:
             self._pending.append(token_id)
             return ""
@@ -51,6 +51,21 @@ class Detokenizer:
         else:
             self._shown = [token_id]
         return piece
+
+    def _step(self, token_id: int) -> str | None:
+        """Returns the text that this token has made certain; None: none yet.
+
+        A tokenizer that falls back to bytes shows a run of them as U+FFFD throughout if it turns
+        out to be no text, what had been certain before included. The stream then refuses this
+        token and all that follow. What was given stays; a new stream goes on behind this token.
+        """
+        try:
+            return self._stream.step(self._tokenizer, token_id)
+        except Exception:  # noqa: BLE001 - the library raises no narrower class
+            held = [*self._pending, token_id]
+            self._stream = DecodeStream(ids=held, skip_special_tokens=True)
+            before = self._decode(self._shown)
+            return self._decode([*self._shown, *held])[len(before) :]
 
     def flush(self) -> str:
         """Returns what was held back: U+FFFD for bytes that never became a character."""

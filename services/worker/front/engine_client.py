@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,13 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from services.common.errors import ConfigError, DjinnError, DrainingError, EngineLostError
+from services.common.errors import (
+    ConfigError,
+    DjinnError,
+    DrainingError,
+    EngineLostError,
+    InternalError,
+)
 from services.worker import messages
 from services.worker.config import EngineConfig
 from services.worker.front.generation import Generation
@@ -97,6 +103,7 @@ class EngineClient:
         self._socket.bind(address)
         self._ready = loop.create_future()
         self._reader = asyncio.create_task(self._read(self._socket), name="engine-reader")
+        self._reader.add_done_callback(self._on_reader_end)
         process = multiprocessing.get_context("spawn").Process(
             target=self._target, args=(self._config, address), name="djinn-engine", daemon=False
         )
@@ -222,34 +229,29 @@ class EngineClient:
 
     def _deal(self, message: messages.ToFront) -> None:
         match message:
-            case messages.Tokens():
+            case messages.Tokens() | messages.Started() | messages.Finished() | messages.Rejected():
                 if (generation := self._generations.get(message.request_id)) is not None:
-                    generation.on_tokens(message)
-            case messages.Started():
-                if (generation := self._generations.get(message.request_id)) is not None:
-                    generation.on_started(message)
-            case messages.Finished():
-                if (generation := self._generations.pop(message.request_id, None)) is not None:
-                    generation.on_finished(message)
-                    self._tell_over(generation)
-            case messages.Rejected():
-                if (generation := self._generations.pop(message.request_id, None)) is not None:
-                    generation.on_rejected(message)
-                    self._tell_over(generation)
-            case messages.SessionEvent():
-                for listener in self._listeners:
-                    listener.on_session_event(message)
-            case messages.CommandDone():
-                for listener in self._listeners:
-                    listener.on_command_done(message)
-            case messages.Report():
-                for listener in self._listeners:
-                    listener.on_report(message)
-            case messages.Snapshot():
-                for listener in self._listeners:
-                    listener.on_snapshot(message)
-            case _:
+                    self._deal_to(generation, message)
+            case messages.Progress() | messages.Ready() | messages.Failed():
                 self._on_life(message)
+            case _:
+                for listener in self._listeners:
+                    with _surviving_bugs(message):
+                        _tell(listener, message)
+
+    def _deal_to(self, generation: Generation, message: messages.OfRequest) -> None:
+        ends = isinstance(message, messages.Finished | messages.Rejected)
+
+        def fail() -> None:
+            if not ends:
+                generation.cancel()
+            generation.fail(InternalError("a bug of the worker's front: its log has the stack"))
+
+        with _surviving_bugs(message, fail):
+            generation.take(message)
+        if ends or generation.over:
+            self._generations.pop(message.request_id, None)
+            self._tell_over(generation)
 
     def _on_life(self, message: messages.Progress | messages.Ready | messages.Failed) -> None:
         assert self._ready is not None
@@ -268,9 +270,18 @@ class EngineClient:
         if not self._generations:
             self._idle.set()
         for listener in self._listeners:
-            listener.on_generation_over(generation)
+            with _surviving_bugs(generation):
+                listener.on_generation_over(generation)
 
     # --- its end ---
+
+    def _on_reader_end(self, reader: asyncio.Task[None]) -> None:
+        """Ends an engine that nobody hears any more, so that its end is seen as any other's."""
+        if self._stopping or reader.cancelled():
+            return
+        _logger.error("nobody reads what the engine says", exc_info=reader.exception())
+        if self._process is not None:
+            self._process.kill()
 
     def _on_process_end(self) -> None:
         assert self._process is not None
@@ -282,7 +293,8 @@ class EngineClient:
         # It has closed its end of the sentinel, and is about to be a process with an exit code.
         assert self._process is not None
         await asyncio.to_thread(self._process.join, _LAST_WORDS_S)
-        await self._hear_last_words()
+        with _surviving_bugs("the engine's last words"):
+            await self._hear_last_words()
         if self._stopping:
             return
         self._lost.set()
@@ -346,6 +358,32 @@ class EngineClient:
         finally:
             loop.remove_reader(process.sentinel)
         return True
+
+
+def _tell(
+    listener: EngineListener,
+    message: messages.SessionEvent | messages.CommandDone | messages.Report | messages.Snapshot,
+) -> None:
+    match message:
+        case messages.SessionEvent():
+            listener.on_session_event(message)
+        case messages.CommandDone():
+            listener.on_command_done(message)
+        case messages.Report():
+            listener.on_report(message)
+        case messages.Snapshot():
+            listener.on_snapshot(message)
+
+
+@contextlib.contextmanager
+def _surviving_bugs(about: object, then: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keeps what goes wrong with one message from all others: logs it, and does `then`."""
+    try:
+        yield
+    except Exception:  # a reader that ended would leave the worker deaf
+        _logger.exception("a bug in dealing with %s", type(about).__name__)
+        if then is not None:
+            then()
 
 
 _LAST_WORDS_S = 5.0

@@ -142,6 +142,18 @@ class Generation:
 
     # --- the engine's side ---
 
+    def take(self, message: messages.OfRequest) -> None:
+        """Takes what the engine says of the request."""
+        match message:
+            case messages.Tokens():
+                self.on_tokens(message)
+            case messages.Started():
+                self.on_started(message)
+            case messages.Finished():
+                self.on_finished(message)
+            case messages.Rejected():
+                self.on_rejected(message)
+
     def on_started(self, started: messages.Started) -> None:
         """The first step has begun."""
         self.started = started
@@ -174,7 +186,9 @@ class Generation:
             if self._pending_logits_bytes > MAX_PENDING_LOGITS_BYTES:
                 self._overflow()
         if self._stop is not None:
-            self._send(messages.StopAt(self.submit.request_id, self._length()))
+            self._send(
+                messages.StopAt(self.submit.request_id, self.submit.session_id, self._length())
+            )
         self._wake()
 
     def on_finished(self, finished: messages.Finished) -> None:

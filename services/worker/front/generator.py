@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from opentelemetry.context import Context
 
 from services.common.errors import (
-    ContextTooLongError,
     DrainingError,
     InvalidRequestError,
     UnavailableError,
@@ -145,7 +144,7 @@ class Generator:
             )
         append = await self._tokens(request)
         log = self._logs.get(request.session_id)
-        self._check_lengths(request, append, log)
+        _check_not_empty(request, append, log)
         self.check_open()  # text may have taken a while
 
         stop_ids = set(request.stop_token_ids)
@@ -216,33 +215,6 @@ class Generator:
             return log.length, log.last_token()
         return request.expected_context_length or 0, None
 
-    def _check_lengths(
-        self, request: GenerateInput, append: list[int], log: SessionLog | None
-    ) -> None:
-        if request.full_context is not None:
-            context = len(request.full_context)
-        elif log is not None:
-            context = log.length
-        elif request.create:
-            context = request.expected_context_length or 0
-        else:
-            return  # the engine says that it does not know the session
-        if context + len(append) == 0:
-            raise InvalidRequestError.of_field(
-                "append_token_ids", "empty prompt: context and append together hold no token"
-            )
-        limit = self.model.ready.max_context_length
-        if context + len(append) >= limit:
-            raise ContextTooLongError(
-                f"{context} tokens of context and {len(append)} appended leave no room to "
-                f"generate: a context holds at most {limit}",
-                metadata={
-                    "limit": str(limit),
-                    "context_length": str(context),
-                    "append_length": str(len(append)),
-                },
-            )
-
     def _text_stream(
         self, request: GenerateInput, append: list[int], log: SessionLog
     ) -> TextStream:
@@ -255,3 +227,20 @@ class Generator:
             tail = (request.full_context or ([] if last is None else [last]))[-CONTEXT_TOKENS:]
         stops = StopStrings(request.stop_strings) if request.stop_strings else None
         return TextStream(Detokenizer(text.tokenizer, tail), stops)
+
+
+def _check_not_empty(request: GenerateInput, append: list[int], log: SessionLog | None) -> None:
+    if append:
+        return
+    if request.full_context is not None:
+        context = len(request.full_context)
+    elif log is not None:
+        context = log.length
+    elif request.create:
+        context = request.expected_context_length or 0
+    else:
+        return  # the engine says that it does not know the session
+    if context == 0:
+        raise InvalidRequestError.of_field(
+            "append_token_ids", "empty prompt: context and append together hold no token"
+        )

@@ -19,6 +19,7 @@ from services.common.errors import (
     SessionExistsError,
     UnknownSessionError,
     UnknownWorkerError,
+    UnsupportedError,
 )
 from services.common.status import error_from_status
 from tests.support.scheduler_system import COMPUTE, CONFIG, IO_WAIT, refused
@@ -223,7 +224,7 @@ async def test_opening_does_not_wait_for_ever(systems):
 async def test_a_model_nobody_serves_is_refused_by_name(systems):
     system = await systems.start(replace(CONFIG, worker_wait_s=0.01))
     await systems.worker(system)
-    error = await refused(system.open("a", model="gpt-9"), NoWorkerError)
+    error = await refused(system.open("a", model="gpt-9"), UnsupportedError)
     assert "'gpt-9'" in error.message
     assert "dummy:tiny" in error.message
     assert (await system.open("a", model="dummy:tiny")).session.session_id == "a"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -101,3 +102,29 @@ async def test_a_bug_in_one_answer_disturbs_no_other(
     assert (await rig.get("/metrics/vmu"))[0] == 500
     assert (await rig.get("/metrics"))[0] == 200
     assert "not JSON serializable" in caplog.text
+
+
+async def test_what_is_no_http_is_a_line_for_who_looks_for_it(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port)
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+    assert b"400" in await reader.readline()
+    writer.close()
+
+    [record] = [r for r in caplog.records if "no HTTP" in r.getMessage()]
+    assert (record.levelname, record.exc_info) == ("DEBUG", None)
+    assert "\n" not in record.getMessage()
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+async def test_a_bug_behind_a_request_is_logged_with_its_stack(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.vmu["status"] = object()  # no JSON
+
+    assert (await rig.get("/metrics/vmu"))[0] == 500
+
+    [record] = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.exc_info

@@ -117,9 +117,6 @@ def test_kv_sources() -> None:
         )
     )
     assert kv == djinn.KvSource(loaded_blocks=2, loaded_bytes=64, load_s=0.25)
-    assert kv.was_moved
-    assert djinn.KvSource(recomputed_tokens=1).was_moved
-    assert not djinn.KvSource(held_blocks=3, resident_blocks=2).was_moved
 
 
 def test_a_finish_reason_newer_than_the_client() -> None:

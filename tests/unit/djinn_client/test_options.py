@@ -132,3 +132,24 @@ def test_a_span_names_only_what_was_asked_for() -> None:
         "djinn.request.id": "r",
         "gen_ai.request.max_tokens": 3,
     }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ("half \ud83d", "append_text"),
+        (djinn.user("half \ud83d"), "append_chat"),
+        ([djinn.user(7)], "append_chat"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(prompt: djinn.Prompt, field: str) -> None:
+    with pytest.raises(djinn.InvalidRequestError) as caught:
+        request_of("s", prompt, {})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""]])
+def test_an_empty_stop_string_is_refused(stop: str | list[str]) -> None:
+    with pytest.raises(djinn.InvalidRequestError) as caught:
+        request_of("s", "x", {"stop": stop})
+    assert caught.value.field == "stop"

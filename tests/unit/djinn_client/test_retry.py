@@ -89,3 +89,22 @@ def test_a_deadline_counts_down(clock: Clock) -> None:
     clock.now += 0.5
     with pytest.raises(DeadlineExceededError):
         deadline.remaining_s()
+
+
+async def test_however_many_tries_the_pause_stays_bounded(clock: Clock) -> None:
+    backoff = Backoff(RetryPolicy(give_up_s=1e9, initial_s=1, max_s=2, multiplier=2))
+    for _ in range(1100):
+        await backoff.pause(ERROR)
+    assert 1 <= clock.pauses[-1] <= 2
+
+
+async def test_a_missed_deadline_says_why_the_last_try_failed(clock: Clock) -> None:
+    deadline = Deadline(3, "the thing")
+    backoff = Backoff(RetryPolicy(initial_s=4, max_s=4), deadline)
+    await backoff.pause(ERROR)
+    clock.now += 3
+    with pytest.raises(DeadlineExceededError, match=r"within 3 s.*away") as caught:
+        deadline.remaining_s()
+    assert caught.value.__cause__ is ERROR
+    backoff.progress()
+    assert deadline.error().__cause__ is None

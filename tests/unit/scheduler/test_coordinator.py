@@ -13,6 +13,7 @@ from services.common.errors import (
     SessionExistsError,
     UnknownSessionError,
     UnknownWorkerError,
+    UnsupportedError,
 )
 from services.common.session_token import SessionToken
 from services.scheduler import record
@@ -100,6 +101,15 @@ def test_without_a_worker_none_is_opened_and_nothing_remembered(coordinator):
     with pytest.raises(NoWorkerError):
         coordinator.open_session(OpenRequest("a"), T0)
     assert len(coordinator.store) == 0
+
+
+def test_a_model_that_nobody_serves_is_refused_unless_its_worker_may_come_back(coordinator, worker):
+    with pytest.raises(UnsupportedError, match="'huge'; those connected serve tiny"):
+        coordinator.open_session(OpenRequest("a", model="huge"), T0)
+    assert len(coordinator.store) == 0
+    worker.lose(T0)
+    with pytest.raises(NoWorkerError):
+        coordinator.open_session(OpenRequest("a", model="tiny"), T0)
 
 
 def test_the_limit_holds_for_new_sessions_alone():

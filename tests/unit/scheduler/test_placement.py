@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.common.errors import NoWorkerError
+from services.common.errors import NoWorkerError, UnsupportedError
 from services.scheduler.domain import PoolState
 from services.scheduler.placement import expected_blocks, place
 from services.scheduler.policy.view import WorkerView
@@ -51,8 +51,14 @@ def test_of_equals_the_one_with_fewer_sessions_then_the_first():
 def test_only_workers_of_the_model_are_asked():
     workers = [worker("a", free=90), worker("b", free=10, model="large")]
     assert place(workers, "large").worker_id == "b"
-    with pytest.raises(NoWorkerError, match="model 'huge'; those connected serve large, tiny"):
+    with pytest.raises(UnsupportedError, match="model 'huge'; those connected serve large, tiny"):
         place(workers, "huge")
+
+
+def test_a_model_whose_worker_may_come_back_is_worth_another_try():
+    with pytest.raises(NoWorkerError) as caught:
+        place([worker("a")], "huge", lost_models={"huge"})
+    assert caught.value.retry_after_s == 1.0
 
 
 def test_nothing_is_placed_on_a_draining_worker():

@@ -110,15 +110,6 @@ def test_closings_are_known_until_the_last_has_ended(reconciler):
     assert not reconciler.is_closing("w0", "a")
 
 
-def test_an_ack_is_noted(reconciler):
-    command = begin(reconciler)
-    reconciler.ack("unknown")
-    reconciler.ack(command.command_id)
-    entry = reconciler.get(command.command_id)
-    assert entry is not None
-    assert entry.acked
-
-
 def test_a_command_that_failed_unanswered_names_why(reconciler):
     command = begin(reconciler)
     entry = reconciler.get(command.command_id)

@@ -141,3 +141,23 @@ def test_an_unknown_worker_cannot_be_required(registry):
 def test_sums_of_nothing_are_zero():
     assert Counters.sum([]) == Counters()
     assert PoolState.sum([]) == PoolState()
+
+
+def test_the_report_time_is_that_of_the_worker_that_was_silent_for_longest(registry):
+    assert registry.report_time_s() is None
+    link = Link()
+    first, _ = registry.connect(hello("w0"), link, 100.0)
+    second, _ = registry.connect(hello("w1"), Link(), 100.0)
+    registry.report(first, report())
+    assert registry.report_time_s() is None
+    second.heard_s = 101.0
+    registry.report(second, report())
+    assert registry.report_time_s() == 100.0
+    # Other messages are no reports.
+    first.heard_s = 103.0
+    assert registry.report_time_s() == 100.0
+    registry.report(first, report())
+    assert registry.report_time_s() == 101.0
+    # Whoever is lost will not report.
+    registry.lose("w1", second.link, 104.0)
+    assert registry.report_time_s() == 103.0

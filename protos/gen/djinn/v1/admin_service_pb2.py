@@ -25,43 +25,44 @@ _sym_db = _symbol_database.Default()
 from djinn.v1 import control_service_pb2 as djinn_dot_v1_dot_control__service__pb2
 from djinn.v1 import types_pb2 as djinn_dot_v1_dot_types__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64jinn/v1/admin_service.proto\x12\x08\x64jinn.v1\x1a\x1e\x64jinn/v1/control_service.proto\x1a\x14\x64jinn/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"\xe1\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0eincarnation_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\"\n\x05model\x18\x04 \x01(\x0b\x32\x13.djinn.v1.ModelInfo\x12*\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x18.djinn.v1.WorkerCapacity\x12&\n\x06report\x18\x06 \x01(\x0b\x32\x16.djinn.v1.MemoryReport\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x10\n\x08sessions\x18\x08 \x01(\x03\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.djinn.v1.Worker\"L\n\x13\x45victSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12!\n\x04mode\x18\x02 \x01(\x0e\x32\x13.djinn.v1.EvictMode\"?\n\x14\x45victSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"+\n\x15RestoreSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x16RestoreSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"(\n\x12\x44ropSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\">\n\x13\x44ropSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06resume\x18\x02 \x01(\x08\"7\n\x13\x44rainWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.djinn.v1.Worker\"\x11\n\x0fGetStatsRequest\"\xe9\x01\n\x10GetStatsResponse\x12*\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x18.djinn.v1.WorkerCounters\x12$\n\x06phases\x18\x02 \x03(\x0b\x32\x14.djinn.v1.PhaseCount\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12\"\n\x04host\x18\x06 \x01(\x0b\x32\x14.djinn.v1.PoolReport\"C\n\nPhaseCount\x12#\n\x05phase\x18\x01 \x01(\x0e\x32\x14.djinn.v1.AgentPhase\x12\x10\n\x08sessions\x18\x02 \x01(\x03\x32\xd9\x03\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.djinn.v1.ListWorkersRequest\x1a\x1d.djinn.v1.ListWorkersResponse\x12M\n\x0c\x45victSession\x12\x1d.djinn.v1.EvictSessionRequest\x1a\x1e.djinn.v1.EvictSessionResponse\x12S\n\x0eRestoreSession\x12\x1f.djinn.v1.RestoreSessionRequest\x1a .djinn.v1.RestoreSessionResponse\x12J\n\x0b\x44ropSession\x12\x1c.djinn.v1.DropSessionRequest\x1a\x1d.djinn.v1.DropSessionResponse\x12J\n\x0b\x44rainWorker\x12\x1c.djinn.v1.DrainWorkerRequest\x1a\x1d.djinn.v1.DrainWorkerResponse\x12\x41\n\x08GetStats\x12\x19.djinn.v1.GetStatsRequest\x1a\x1a.djinn.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64jinn/v1/admin_service.proto\x12\x08\x64jinn.v1\x1a\x1e\x64jinn/v1/control_service.proto\x1a\x14\x64jinn/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0eincarnation_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\"\n\x05model\x18\x04 \x01(\x0b\x32\x13.djinn.v1.ModelInfo\x12*\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x18.djinn.v1.WorkerCapacity\x12&\n\x06report\x18\x06 \x01(\x0b\x32\x16.djinn.v1.MemoryReport\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x10\n\x08sessions\x18\x08 \x01(\x03\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.djinn.v1.Worker\"L\n\x13\x45victSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12!\n\x04mode\x18\x02 \x01(\x0e\x32\x13.djinn.v1.EvictMode\"?\n\x14\x45victSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"+\n\x15RestoreSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x16RestoreSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"(\n\x12\x44ropSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\">\n\x13\x44ropSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06resume\x18\x02 \x01(\x08\"7\n\x13\x44rainWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.djinn.v1.Worker\"\x11\n\x0fGetStatsRequest\"\xcb\x02\n\x10GetStatsResponse\x12*\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x18.djinn.v1.WorkerCounters\x12$\n\x06phases\x18\x02 \x03(\x0b\x32\x14.djinn.v1.PhaseCount\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12\"\n\x04host\x18\x06 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12/\n\x0breport_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61nswer_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"C\n\nPhaseCount\x12#\n\x05phase\x18\x01 \x01(\x0e\x32\x14.djinn.v1.AgentPhase\x12\x10\n\x08sessions\x18\x02 \x01(\x03\x32\xd9\x03\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.djinn.v1.ListWorkersRequest\x1a\x1d.djinn.v1.ListWorkersResponse\x12M\n\x0c\x45victSession\x12\x1d.djinn.v1.EvictSessionRequest\x1a\x1e.djinn.v1.EvictSessionResponse\x12S\n\x0eRestoreSession\x12\x1f.djinn.v1.RestoreSessionRequest\x1a .djinn.v1.RestoreSessionResponse\x12J\n\x0b\x44ropSession\x12\x1c.djinn.v1.DropSessionRequest\x1a\x1d.djinn.v1.DropSessionResponse\x12J\n\x0b\x44rainWorker\x12\x1c.djinn.v1.DrainWorkerRequest\x1a\x1d.djinn.v1.DrainWorkerResponse\x12\x41\n\x08GetStats\x12\x19.djinn.v1.GetStatsRequest\x1a\x1a.djinn.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'djinn.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKER']._serialized_start=129
-  _globals['_WORKER']._serialized_end=354
-  _globals['_LISTWORKERSREQUEST']._serialized_start=356
-  _globals['_LISTWORKERSREQUEST']._serialized_end=376
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=378
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=434
-  _globals['_EVICTSESSIONREQUEST']._serialized_start=436
-  _globals['_EVICTSESSIONREQUEST']._serialized_end=512
-  _globals['_EVICTSESSIONRESPONSE']._serialized_start=514
-  _globals['_EVICTSESSIONRESPONSE']._serialized_end=577
-  _globals['_RESTORESESSIONREQUEST']._serialized_start=579
-  _globals['_RESTORESESSIONREQUEST']._serialized_end=622
-  _globals['_RESTORESESSIONRESPONSE']._serialized_start=624
-  _globals['_RESTORESESSIONRESPONSE']._serialized_end=689
-  _globals['_DROPSESSIONREQUEST']._serialized_start=691
-  _globals['_DROPSESSIONREQUEST']._serialized_end=731
-  _globals['_DROPSESSIONRESPONSE']._serialized_start=733
-  _globals['_DROPSESSIONRESPONSE']._serialized_end=795
-  _globals['_DRAINWORKERREQUEST']._serialized_start=797
-  _globals['_DRAINWORKERREQUEST']._serialized_end=852
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=854
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=909
-  _globals['_GETSTATSREQUEST']._serialized_start=911
-  _globals['_GETSTATSREQUEST']._serialized_end=928
-  _globals['_GETSTATSRESPONSE']._serialized_start=931
-  _globals['_GETSTATSRESPONSE']._serialized_end=1164
-  _globals['_PHASECOUNT']._serialized_start=1166
-  _globals['_PHASECOUNT']._serialized_end=1233
-  _globals['_ADMINSERVICE']._serialized_start=1236
-  _globals['_ADMINSERVICE']._serialized_end=1709
+  _globals['_WORKER']._serialized_start=162
+  _globals['_WORKER']._serialized_end=387
+  _globals['_LISTWORKERSREQUEST']._serialized_start=389
+  _globals['_LISTWORKERSREQUEST']._serialized_end=409
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=411
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=467
+  _globals['_EVICTSESSIONREQUEST']._serialized_start=469
+  _globals['_EVICTSESSIONREQUEST']._serialized_end=545
+  _globals['_EVICTSESSIONRESPONSE']._serialized_start=547
+  _globals['_EVICTSESSIONRESPONSE']._serialized_end=610
+  _globals['_RESTORESESSIONREQUEST']._serialized_start=612
+  _globals['_RESTORESESSIONREQUEST']._serialized_end=655
+  _globals['_RESTORESESSIONRESPONSE']._serialized_start=657
+  _globals['_RESTORESESSIONRESPONSE']._serialized_end=722
+  _globals['_DROPSESSIONREQUEST']._serialized_start=724
+  _globals['_DROPSESSIONREQUEST']._serialized_end=764
+  _globals['_DROPSESSIONRESPONSE']._serialized_start=766
+  _globals['_DROPSESSIONRESPONSE']._serialized_end=828
+  _globals['_DRAINWORKERREQUEST']._serialized_start=830
+  _globals['_DRAINWORKERREQUEST']._serialized_end=885
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=887
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=942
+  _globals['_GETSTATSREQUEST']._serialized_start=944
+  _globals['_GETSTATSREQUEST']._serialized_end=961
+  _globals['_GETSTATSRESPONSE']._serialized_start=964
+  _globals['_GETSTATSRESPONSE']._serialized_end=1295
+  _globals['_PHASECOUNT']._serialized_start=1297
+  _globals['_PHASECOUNT']._serialized_end=1364
+  _globals['_ADMINSERVICE']._serialized_start=1367
+  _globals['_ADMINSERVICE']._serialized_end=1840
 # @@protoc_insertion_point(module_scope)

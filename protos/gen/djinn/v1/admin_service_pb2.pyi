@@ -9,6 +9,7 @@ from djinn.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -339,12 +340,15 @@ class GetStatsResponse(_message.Message):
     UPTIME_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    REPORT_TIME_FIELD_NUMBER: _builtins.int
+    ANSWER_TIME_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """The policy in force."""
     @_builtins.property
     def counters(self) -> _types_pb2.WorkerCounters:
-        """Counters of all workers, those of lost ones included, since the scheduler
-        started.
+        """Counters of all workers, those of lost ones included. A worker that runs
+        for longer than the scheduler counts with all it did since its own start.
+        As of the workers' last reports: see report_time.
         """
 
     @_builtins.property
@@ -363,6 +367,19 @@ class GetStatsResponse(_message.Message):
     def host(self) -> _types_pb2.PoolReport:
         """See device."""
 
+    @_builtins.property
+    def report_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last report of each connected worker came, of these the oldest;
+        UTC, scheduler's clock. Unset: no worker is connected, or one of them has
+        not reported yet.
+        """
+
+    @_builtins.property
+    def answer_time(self) -> _timestamp_pb2.Timestamp:
+        """When this was answered; UTC, scheduler's clock, to compare report_time
+        with.
+        """
+
     def __init__(
         self,
         *,
@@ -372,10 +389,12 @@ class GetStatsResponse(_message.Message):
         uptime: _duration_pb2.Duration | None = ...,
         device: _types_pb2.PoolReport | None = ...,
         host: _types_pb2.PoolReport | None = ...,
+        report_time: _timestamp_pb2.Timestamp | None = ...,
+        answer_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "device", b"device", "host", b"host", "uptime", b"uptime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "counters", b"counters", "device", b"device", "host", b"host", "report_time", b"report_time", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "device", b"device", "host", b"host", "phases", b"phases", "policy", b"policy", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "counters", b"counters", "device", b"device", "host", b"host", "phases", b"phases", "policy", b"policy", "report_time", b"report_time", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.front.detokenize import Detokenizer
-from tests.support.text_model import END, byte_tokenizer
+from tests.support.text_model import END, byte_fallback_tokenizer, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 END_ID = TOKENIZER.token_to_id(END) or 0
@@ -64,3 +64,26 @@ def test_a_character_begun_by_the_prompt_is_the_generations(text: str, split: in
 def test_a_prompt_that_is_no_text_is_not_repeated() -> None:
     detokenizer = Detokenizer(TOKENIZER, TOKENIZER.encode("é").ids[:1] * 9)
     assert "".join(map(detokenizer.push, TOKENIZER.encode("xy").ids)) == "xy"
+
+
+FALLBACK = byte_fallback_tokenizer()
+
+
+def test_text_goes_on_behind_bytes_that_are_none() -> None:
+    # Once the run of bytes has ended, the library shows all of it as U+FFFD, the "i" included,
+    # which was certain before.
+    detokenizer = Detokenizer(FALLBACK)
+    ids = [FALLBACK.token_to_id(token) or 0 for token in ("<0x69>", "<0xDD>", "▁a", "▁b")]
+    assert FALLBACK.decode(ids) == "�� a b"
+    pieces = [detokenizer.push(token_id) for token_id in ids]
+    assert pieces == ["i", "", "� a", " b"]
+
+
+@given(st.lists(st.integers(0, FALLBACK.get_vocab_size() - 1), max_size=20), st.integers(0, 5))
+def test_no_tokens_at_all_are_too_strange_to_be_shown(ids: list[int], prompt: int) -> None:
+    detokenizer = Detokenizer(FALLBACK, ids[:prompt])
+    for token_id in ids[prompt:]:
+        detokenizer.push(token_id)
+    detokenizer.flush()
+    end = FALLBACK.token_to_id("▁b") or 0
+    assert (detokenizer.push(end) + detokenizer.flush()).endswith("b")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.errors import DrainingError, EngineLostError
+from services.common.errors import DrainingError, EngineLostError, InternalError
 from services.worker import messages
 from services.worker.config import EngineConfig
 from services.worker.front.engine_client import EngineClient
@@ -149,3 +149,65 @@ async def test_a_frame_that_is_no_batch_is_dropped(
     made = generation(engine, "r", [1], 2)
     assert await tokens_of(made) == [1, 1]
     assert isinstance(made.end, End)
+
+
+class FaultyText(TextStream):
+    """Meets a bug with the first token."""
+
+    def push(self, token_ids: list[int]) -> tuple[int, str, str | None]:
+        raise ValueError("a bug")
+
+
+async def test_a_bug_with_one_request_fails_that_request_alone(
+    engine: EngineClient, listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = submit(request_id="bad", session_id="bad", append=[1], max_tokens=900)
+    sent: list[messages.ToEngine] = []
+    bad = Generation(request, SessionLog(), FaultyText(None), sent.append)
+    engine.submit(bad)
+    good = generation(engine, "good", [2], 20)
+
+    assert isinstance(await bad.next(), Begun)
+    with pytest.raises(InternalError, match="front"):
+        await bad.next()
+    assert await tokens_of(good) == [2] * 20
+    assert {await listener.next(Generation), await listener.next(Generation)} == {bad, good}
+    assert sent == [messages.Abort("bad")]
+    assert "a bug in dealing with Tokens" in caplog.text
+    assert "ValueError" in caplog.text
+
+
+async def test_a_listeners_bug_keeps_nothing_from_the_others(
+    engine: EngineClient, listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    def bug(message: object) -> None:
+        raise ValueError("a bug")
+
+    faulty, last = Listener(), Listener()
+    faulty.on_report = faulty.on_generation_over = bug  # type: ignore[assignment]
+    engine.add_listener(faulty)
+    engine.add_listener(last)
+
+    made = generation(engine, "r", [1], 2)
+
+    assert await tokens_of(made) == [1, 1]
+    assert await last.next(Generation) is made
+    assert isinstance(await last.next(messages.Report), messages.Report)
+    assert "a bug in dealing with Generation" in caplog.text
+
+
+async def test_a_reader_that_ends_is_the_end_of_the_engine(
+    engine: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = generation(engine, "r", [fake_engine.HANG], 1)
+    assert isinstance(await made.next(), Begun)
+
+    def bug(frame: bytes) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(engine, "_deal_frame", bug)
+
+    with pytest.raises(EngineLostError):
+        await made.next()
+    assert "signal 9" in (await engine.wait_lost()).message
+    assert not engine.alive

@@ -4,7 +4,12 @@ import asyncio
 
 import pytest
 
-from services.common.errors import CancelledError, EngineLostError, ExhaustedError
+from services.common.errors import (
+    CancelledError,
+    EngineLostError,
+    ExhaustedError,
+    SessionClosedError,
+)
 from services.worker import messages
 from services.worker.front import generation as module
 from services.worker.front.detokenize import Detokenizer
@@ -87,6 +92,13 @@ async def test_a_rejection_is_raised() -> None:
         await generation.next()
 
 
+async def test_a_closed_session_is_said_to_be_closed() -> None:
+    generation = Bench().generation
+    generation.on_rejected(messages.Rejected("1:r", SessionClosedError("shut").to_info()))
+    with pytest.raises(SessionClosedError, match="shut"):
+        await generation.next()
+
+
 async def test_a_stop_string_ends_the_request_at_the_token_that_completes_it() -> None:
     bench = Bench(("##",))
     generation = bench.generation
@@ -94,7 +106,7 @@ async def test_a_stop_string_ends_the_request_at_the_token_that_completes_it() -
     generation.on_tokens(tokens(*ids("ab#")))
     generation.on_tokens(tokens(*ids("#cd")))
     generation.on_tokens(tokens(*ids("never seen")))
-    assert bench.sent == [messages.StopAt("1:r", 2 + 4)]
+    assert bench.sent == [messages.StopAt("1:r", "s", 2 + 4)]
     generation.on_finished(finished(6, "stop"))
     await generation.next()
     delta, end = await generation.next(), await generation.next()

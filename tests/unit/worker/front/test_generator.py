@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import (
-    ContextTooLongError,
     DrainingError,
     InvalidRequestError,
     UnavailableError,
@@ -126,18 +125,6 @@ async def test_nothing_may_be_appended_to_a_context() -> None:
 
 async def test_an_unknown_session_is_left_to_the_engine() -> None:
     assert (await Bench().submit(create=False, append=None)).append == []
-
-
-@pytest.mark.parametrize("known", [0, 20])
-async def test_a_context_without_room_names_its_limit(known: int) -> None:
-    bench = Bench()
-    if known:
-        bench.remember(*range(known))
-    with pytest.raises(ContextTooLongError) as caught:
-        await bench.submit(append=[1] * (50 - known))
-    assert caught.value.metadata["limit"] == "50"
-    assert "at most 50" in caught.value.message
-    assert (await bench.submit(append=[1] * (49 - known))).append
 
 
 async def test_a_draining_worker_takes_nothing() -> None:
