@@ -47,6 +47,7 @@ class AgentRun:
         oracle: Tell the target how long each tool call takes.
         on_work_done: Called once its last request has ended, well or not.
         release: Where given, the session stays open until it is set.
+        record_tokens: Write the ids of generated tokens down.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class AgentRun:
         oracle: bool = False,
         on_work_done: Callable[[], None] | None = None,
         release: asyncio.Event | None = None,
+        record_tokens: bool = False,
     ) -> None:
         self._plan = plan
         self._target = target
@@ -72,6 +74,7 @@ class AgentRun:
         self._oracle = oracle
         self._on_work_done = on_work_done
         self._release = release
+        self._record_tokens = record_tokens
         self._refusals = 0
         self._signals: set[asyncio.Task[None]] = set()
 
@@ -211,6 +214,7 @@ class AgentRun:
         clock = self._clock
         deltas: list[tuple[float, int]] = []
         text: list[str] = []
+        token_ids: list[int] = []
         outcome = Outcome(finish_reason="")
         failure: Failure | None = None
         sent_s = clock.now()
@@ -219,6 +223,7 @@ class AgentRun:
                 generation = session.generate(step.prompt, step.new_tokens, self._timeout_s)
                 async for delta in generation:
                     _take(delta, clock, deltas, text)
+                    token_ids.extend(delta.token_ids)
                 outcome = await generation.outcome()
             if not deltas:
                 raise TargetError("NO_TOKENS", "the generation ended without a token")
@@ -248,6 +253,7 @@ class AgentRun:
                     cached_tokens=outcome.cached_tokens,
                     prefilled_tokens=outcome.prefilled_tokens,
                     deltas=deltas,
+                    token_ids=token_ids if self._record_tokens else [],
                     queue_s=outcome.queue_s,
                     finish_reason=outcome.finish_reason,
                     kv=outcome.kv,

@@ -52,6 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         processes=arguments.processes,
         trace=arguments.trace,
+        record_tokens=arguments.record_tokens,
         config_file=str(arguments.config),
         overrides=overrides,
     )
@@ -163,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a value in place of the file's, such as workload.total_agents=20",
     )
     run.add_argument("--trace", action="store_true", help="write the client's spans to the folder")
+    run.add_argument(
+        "--record-tokens", action="store_true", help="write the ids of generated tokens down"
+    )
     run.add_argument("--json", action="store_true", help="print the report as JSON")
     run.add_argument("--quiet", action="store_true", help="show no progress")
     run.set_defaults(command=_run)

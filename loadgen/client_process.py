@@ -46,6 +46,8 @@ class ClientJob(msgspec.Struct, frozen=True):
         process: Number of this process, from 0.
         processes: How many there are.
         trace_file: File to append spans to; empty: only where OTEL_* variables say.
+        tenant: Whose agents they are.
+        record_tokens: Write the ids of generated tokens down.
     """
 
     workload: Workload
@@ -55,6 +57,8 @@ class ClientJob(msgspec.Struct, frozen=True):
     process: int = 0
     processes: int = 1
     trace_file: str = ""
+    tenant: str = ""
+    record_tokens: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -135,7 +139,10 @@ class ClientProcess:
         provider = _tracer_provider(self._job)
         try:
             target = await registry.connect(
-                self._job.target, self._job.server, tracer_provider=provider
+                self._job.target,
+                self._job.server,
+                tenant=self._job.tenant,
+                tracer_provider=provider,
             )
         except LoadgenError as error:
             self._send(Failed(str(error)))
@@ -183,6 +190,7 @@ class ClientProcess:
                     oracle=workload.oracle,
                     on_work_done=self._one_is_done,
                     release=self._release if workload.mode is Mode.LIVE else None,
+                    record_tokens=self._job.record_tokens,
                 )
                 group.create_task(run.run())
 

@@ -71,6 +71,8 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         oracle: Tell the server how long each tool call will take. No real client knows it, so the
             run is labelled.
         request_timeout_s: A request that takes longer has failed.
+        tenant: Whose agents they are; empty: a tenant of the run's own, which finds no prefix of an
+            earlier run.
     """
 
     total_agents: PositiveCount
@@ -88,6 +90,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     tool_name: str = "tool"
     oracle: bool = False
     request_timeout_s: PositiveFloat = 600.0
+    tenant: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loadgen import config, conversation, progress, report, runner, trace
+from loadgen import config, conversation, preparation, progress, report, runner, trace
 from loadgen.errors import LoadgenError, ServerError
 from loadgen.record import read_requests
 
@@ -168,7 +168,7 @@ class _Watcher:
 async def demo(arguments: argparse.Namespace, console: Console) -> int:
     """Runs the demo and returns its exit code: 0 if the report is as expected."""
     workload = config.load(arguments.config)
-    folder = runner.run_folder(workload.experiment.name, arguments.out)
+    folder = preparation.run_folder(workload.experiment.name, arguments.out)
     console.print(
         f"Starting djinn-server with {arguments.model} (its weights are converted the first time)",
         highlight=False,

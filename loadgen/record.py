@@ -144,6 +144,7 @@ class RequestRecord(
         cached_tokens: Of these, tokens whose KV was found.
         prefilled_tokens: Tokens that were prefilled.
         deltas: Time and number of token ids of each message that had any.
+        token_ids: The ids themselves; empty unless they were to be recorded.
         queue_s: Time the server had it wait before its first step.
         finish_reason: ``"stop"``, ``"length"``, or empty if it failed.
         kv: Where its KV was found; None: the server did not say.
@@ -166,6 +167,7 @@ class RequestRecord(
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     deltas: list[tuple[float, int]] = []
+    token_ids: list[int] = []
     queue_s: float | None = None
     finish_reason: str = ""
     kv: KvFound | None = None
@@ -221,6 +223,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
         server: Where.
         model: What the server says it serves.
         policy: The scheduler's policy; empty: unknown.
+        tenant: Whose the agents' sessions were, and so with whom they shared KV.
         labels: What a reader must know before comparing, such as ``"oracle"``.
         start_unix_ns: Wall-clock time of the run's start.
         clock: What the records' times were taken from.
@@ -231,6 +234,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
         interrupted: True: somebody stopped the run before its end.
         stats_before: The server's counters before the first agent.
         stats_after: The same after the last.
+        stats_settled: Whether `stats_after` is known to have all that the run did.
         versions: Of this package and what it runs on.
         machine: The client's machine.
         git_commit: Of the checkout it ran from; empty: not a checkout.
@@ -245,6 +249,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     server: str
     model: dict[str, Any]
     policy: str = ""
+    tenant: str = ""
     labels: list[str] = []
     start_unix_ns: int
     clock: str = "CLOCK_MONOTONIC"
@@ -255,6 +260,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     interrupted: bool = False
     stats_before: dict[str, float] = {}
     stats_after: dict[str, float] = {}
+    stats_settled: bool = True
     versions: dict[str, str] = {}
     machine: dict[str, Any] = {}
     git_commit: str = ""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import multiprocessing
-import os
-import re
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from loadgen import client_process, environment
+from loadgen import client_process, counters, environment
 from loadgen.client_process import (
     Batch,
     ClientJob,
@@ -29,8 +27,9 @@ from loadgen.client_process import (
     Stop,
     ToChild,
 )
-from loadgen.config import Mode, Prompts, RunConfig, Workload
-from loadgen.errors import LoadgenError, RunFileError, ServerError
+from loadgen.config import Mode, RunConfig
+from loadgen.errors import ServerError
+from loadgen.preparation import check_fits, default_processes, run_folder
 from loadgen.progress import Progress, Tally
 from loadgen.record import (
     REQUESTS_FILE,
@@ -47,8 +46,6 @@ from loadgen.targets.base import Target, TargetError, TargetInfo
 STATS_INTERVAL_S = 1.0
 START_DELAY_S = 0.2
 STOP_GRACE_S = 20.0
-AGENTS_PER_PROCESS = 32
-SERVER_CORES = 4
 TRACE_FILE = "traces-client.jsonl"
 
 
@@ -61,6 +58,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
         out: The run's folder; None: ``runs/<time>-<name>``.
         processes: Client processes; 0 chooses by agents and cores.
         trace: Write the client's spans into the run's folder.
+        record_tokens: Write the ids of generated tokens down.
         config_file: Where the workload was read from, for the run's description.
         overrides: Values given on the command line, likewise.
     """
@@ -70,66 +68,9 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     out: Path | None = None
     processes: int = 0
     trace: bool = False
+    record_tokens: bool = False
     config_file: str = ""
     overrides: dict[str, str] = {}
-
-
-def default_processes(agents: int) -> int:
-    """Returns a number of client processes that leaves the server four cores, or half of fewer.
-
-    Tokens of one step reach all agents at once, so more processes mean that each token waits for
-    fewer others on its event loop.
-    """
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(-(-agents // AGENTS_PER_PROCESS), max(cores - SERVER_CORES, cores // 2)))
-
-
-def run_folder(name: str, out: Path | None) -> Path:
-    """Makes and returns a run's folder.
-
-    Args:
-        name: The experiment's name.
-        out: The folder; None: one of this moment under ``runs``.
-
-    Raises:
-        RunFileError: It cannot be made, or holds a run already.
-    """
-    if out is None:
-        moment = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%SZ")
-        out = Path("runs") / f"{moment}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name) or 'run'}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFileError(f"{out}: {error.strerror}") from None
-    if (out / REQUESTS_FILE).exists():
-        raise RunFileError(f"{out}: holds a run already")
-    return out
-
-
-def check_fits(workload: Workload, info: TargetInfo, origin: str) -> None:
-    """Checks that the model can serve the workload.
-
-    Raises:
-        LoadgenError: It cannot; the message names the setting, its value and the limit.
-    """
-    model = info.model.get("model", "the model")
-    if workload.prompts is Prompts.STORIES:
-        if not info.has_chat:
-            raise LoadgenError(
-                f"{origin}: workload.prompts: stories needs a chat template, and {model} has none"
-            )
-        return
-    needed = (
-        workload.context_length
-        + workload.iterations * workload.tool_tokens
-        + (workload.iterations + 1) * workload.new_tokens
-    )
-    if info.max_context_length and needed > info.max_context_length:
-        raise LoadgenError(
-            f"{origin}: agents grow to {needed} tokens (context_length + iterations * tool_tokens "
-            f"+ (iterations + 1) * new_tokens), and the limit of {model} is "
-            f"{info.max_context_length}"
-        )
 
 
 async def run(config: RunConfig, options: RunOptions, progress: Progress) -> Path:
@@ -207,6 +148,9 @@ class Runner:
         self._target_info = target_info
         self._folder = folder
         self._progress = progress
+        # Random prompts are the same in each run of a seed: in a tenant of its own, a run finds no
+        # KV of an earlier one, while its agents still share what they have in common.
+        self._tenant = config.workload.tenant or f"run-{secrets.token_hex(8)}"
         self._tally = Tally(config.workload.total_agents)
         self._decoder: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromChild)
         self._children: list[_Child] = []
@@ -236,7 +180,9 @@ class Runner:
                 await self._go()
             finally:
                 await self._end_children()
-        after = await self._stats()
+        after, settled = await counters.settled(self._stats)
+        if not settled:
+            self._progress.say("the server's counters may lack the end of the run")
         write_run(
             self._folder,
             msgspec.structs.replace(
@@ -246,6 +192,7 @@ class Runner:
                 lost_processes=sum(child.lag is None for child in self._children),
                 interrupted=self._interrupted,
                 stats_after=after,
+                stats_settled=settled,
             ),
         )
         return self._folder
@@ -268,6 +215,8 @@ class Runner:
                     process=number,
                     processes=count,
                     trace_file=trace_file,
+                    tenant=self._tenant,
+                    record_tokens=self._options.record_tokens,
                 )
             )
             self._children.append(child)
@@ -325,6 +274,7 @@ class Runner:
                 self._failure = self._failure or text
             case Batch(lines, states):
                 self._file.write(lines)
+                self._file.flush()
                 self._tally.set_states(child.number, states)
                 for record in decode_lines(lines, "client process"):
                     self._tally.add(record)
@@ -400,6 +350,7 @@ class Runner:
             server=self._options.server,
             model=self._target_info.model,
             policy=self._target_info.policy,
+            tenant=self._tenant,
             labels=["oracle"] if workload.oracle else [],
             start_unix_ns=self._start_ns + offset_ns,
             processes=count,

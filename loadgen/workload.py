@@ -65,7 +65,7 @@ class AgentPlan(msgspec.Struct, frozen=True):
         name: What its session is called.
         arrival_s: When it arrives, in seconds since the run's start.
         steps: Its requests in order; the first is Reason, each other one Act and Reflect.
-        tenant: Whose agent it is; empty: the default tenant.
+        tenant: Whose agent it is; empty: the run's.
     """
 
     index: int

@@ -52,10 +52,11 @@ class TargetInfo(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """Tokens as they arrive."""
+    """Tokens as they arrive; their ids where the target tells them."""
 
     token_count: int
     text: str
+    token_ids: tuple[int, ...] = ()
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +110,11 @@ class Target(Protocol):
     async def info(self) -> TargetInfo: ...
 
     async def stats(self) -> dict[str, float]:
-        """Returns counters and pools by name; empty if the system has none to show."""
+        """Returns counters and pools by name; empty if the system has none to show.
+
+        ``report_time_s`` is the time that the counters are of and ``answer_time_s`` that of the
+        answer, both on one clock of the system's; one that has them up to date leaves them out.
+        """
         ...
 
     def session(self, name: str, tenant: str, first_prompt_tokens: int) -> AgentSession: ...

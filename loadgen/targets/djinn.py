@@ -16,6 +16,9 @@ from loadgen.workload import ChatPrompt, Prompt, TokenPrompt
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
+RETRY = djinn.RetryPolicy(give_up_s=180.0)
+"""A server that is killed and started again takes a while to load its model."""
+
 
 def failure(error: djinn.DjinnError) -> TargetError:
     """Returns a client's error as the load generator records it."""
@@ -38,19 +41,22 @@ class DjinnTarget:
 
     @classmethod
     async def connect(
-        cls, server: str, *, tracer_provider: TracerProvider | None = None
+        cls, server: str, *, tenant: str = "", tracer_provider: TracerProvider | None = None
     ) -> DjinnTarget:
         """Connects to a scheduler.
 
         Args:
             server: host:port.
+            tenant: Whose agents those are that have no tenant of their own.
             tracer_provider: Records the client's spans; None: none are recorded.
 
         Raises:
             ServerError: Nobody answers there, or not as a scheduler does.
         """
         try:
-            client = await djinn.connect(server, tracer_provider=tracer_provider)
+            client = await djinn.connect(
+                server, tenant=tenant, retry=RETRY, tracer_provider=tracer_provider
+            )
         except djinn.DjinnError as error:
             raise ServerError(error.message) from None
         return cls(client, server, tracer_provider)
@@ -80,19 +86,26 @@ class DjinnTarget:
             values |= {f"{side}_{name}": n for name, n in dataclasses.asdict(pool).items()}
         values |= {f"sessions_{phase.value.lower()}": n for phase, n in stats.phases.items()}
         values["uptime_s"] = stats.uptime_s
+        if stats.answer_time_s is not None:
+            values["answer_time_s"] = stats.answer_time_s
+        if stats.report_time_s is not None:
+            values["report_time_s"] = stats.report_time_s
         return values
 
     def session(self, name: str, tenant: str, first_prompt_tokens: int) -> DjinnSession:
         return DjinnSession(self, name, tenant, first_prompt_tokens)
 
     async def client_of(self, tenant: str) -> djinn.Client:
-        """Returns the connection that speaks for a tenant; empty: the default tenant."""
+        """Returns the connection that speaks for a tenant; empty: for the target's own."""
         if not tenant:
             return self._client
         async with self._connecting:
             if tenant not in self._tenants:
                 self._tenants[tenant] = await djinn.connect(
-                    self._server, tenant=tenant, tracer_provider=self._tracer_provider
+                    self._server,
+                    tenant=tenant,
+                    retry=RETRY,
+                    tracer_provider=self._tracer_provider,
                 )
             return self._tenants[tenant]
 
@@ -182,7 +195,7 @@ class _DjinnGeneration:
                 timeout_s=self._timeout_s,
             )
             async for piece in running:
-                yield Delta(len(piece.token_ids), piece.text)
+                yield Delta(len(piece.token_ids), piece.text, piece.token_ids)
         except djinn.DjinnError as error:
             raise failure(error) from error
 

@@ -15,18 +15,19 @@ NAMES = ("djinn",)
 
 
 async def connect(
-    name: str, server: str, *, tracer_provider: TracerProvider | None = None
+    name: str, server: str, *, tenant: str = "", tracer_provider: TracerProvider | None = None
 ) -> Target:
     """Connects to a target.
 
     Args:
         name: One of `NAMES`.
         server: Where it is: host:port.
+        tenant: Whose agents those are that have no tenant of their own; empty: nobody's.
         tracer_provider: Records the client's spans; None: none are recorded.
 
     Raises:
         LoadgenError: There is no such target, or nobody answers.
     """
     if name == "djinn":
-        return await DjinnTarget.connect(server, tracer_provider=tracer_provider)
+        return await DjinnTarget.connect(server, tenant=tenant, tracer_provider=tracer_provider)
     raise LoadgenError(f"--target {name}: known are {', '.join(NAMES)}")

@@ -1,4 +1,5 @@
 import asyncio
+import select
 import time
 
 from loadgen.pacer import LagProbe, RunClock, due_agents
@@ -59,8 +60,10 @@ async def test_a_blocked_loop_shows_in_every_sample_that_fell_due_meanwhile():
     blocked_until = time.monotonic() + 0.05
     while time.monotonic() < blocked_until:
         pass
-    # The next look at the timer finds all that fell due.
-    await asyncio.sleep(0.002)
+    # The next look at the timer finds all that fell due: one turn of the loop polls it, and the
+    # one after that has run what was found.
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
     lag = probe.stop()
     assert lag.process == 3
     assert lag.samples >= 50
@@ -72,6 +75,10 @@ async def test_a_blocked_loop_shows_in_every_sample_that_fell_due_meanwhile():
 async def test_a_stopped_probe_takes_no_samples():
     probe = LagProbe(0, interval_s=0.001)
     probe.start()
+    assert probe._timer is not None
+    # The timer has expired, and nothing has looked at it yet.
+    select.select([probe._timer], [], [])
     before = probe.stop().samples
-    await asyncio.sleep(0.01)
+    for _ in range(3):
+        await asyncio.sleep(0)
     assert probe.stop().samples == before

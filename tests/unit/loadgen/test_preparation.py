@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from loadgen import runner
+from loadgen import preparation
 from loadgen.config import Prompts, Workload
 from loadgen.errors import LoadgenError, RunFileError
 from loadgen.record import REQUESTS_FILE
@@ -12,37 +12,37 @@ INFO = TargetInfo(100, 1156, has_chat=False, has_tokenizer=False, model={"model"
 
 
 def test_a_workload_that_just_fits():
-    runner.check_fits(WORKLOAD, INFO, "w.yaml")
+    preparation.check_fits(WORKLOAD, INFO, "w.yaml")
 
 
 def test_a_context_that_grows_too_long_is_refused_before_the_run():
     small = msgspec.structs.replace(INFO, max_context_length=1155)
     with pytest.raises(LoadgenError, match=r"grow to 1156 tokens .* limit of tiny is 1155"):
-        runner.check_fits(WORKLOAD, small, "w.yaml")
+        preparation.check_fits(WORKLOAD, small, "w.yaml")
 
 
 def test_stories_need_a_chat_template():
     stories = msgspec.structs.replace(WORKLOAD, prompts=Prompts.STORIES)
     with pytest.raises(LoadgenError, match=r"workload\.prompts: stories needs a chat template"):
-        runner.check_fits(stories, INFO, "w.yaml")
-    runner.check_fits(stories, msgspec.structs.replace(INFO, has_chat=True), "w.yaml")
+        preparation.check_fits(stories, INFO, "w.yaml")
+    preparation.check_fits(stories, msgspec.structs.replace(INFO, has_chat=True), "w.yaml")
 
 
 def test_a_run_gets_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = runner.run_folder("my run/1", None)
+    folder = preparation.run_folder("my run/1", None)
     assert folder.is_dir()
     assert folder.parent.name == "runs"
     assert folder.name.endswith("-my-run-1")
 
 
 def test_a_run_is_never_written_over(tmp_path):
-    assert runner.run_folder("x", tmp_path) == tmp_path
+    assert preparation.run_folder("x", tmp_path) == tmp_path
     (tmp_path / REQUESTS_FILE).touch()
     with pytest.raises(RunFileError, match="holds a run already"):
-        runner.run_folder("x", tmp_path)
+        preparation.run_folder("x", tmp_path)
     with pytest.raises(RunFileError, match=r"File exists|Not a directory"):
-        runner.run_folder("x", tmp_path / REQUESTS_FILE)
+        preparation.run_folder("x", tmp_path / REQUESTS_FILE)
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_a_run_is_never_written_over(tmp_path):
 )
 def test_client_processes_leave_the_server_cores_of_its_own(monkeypatch, cores, agents, processes):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
-    assert runner.default_processes(agents) == processes
+    assert preparation.default_processes(agents) == processes
