@@ -87,6 +87,9 @@ def test_tokens_equal_those_of_generate_whatever_is_evicted() -> None:
                     count = min(left, rng.randrange(4, 12))
                     engine.handle(submit(name, f"{name}/{len(tokens[name])}", [], count))
     engine.check_integrity()
+    for stream in built.streams:
+        stream.close()
+    built.host.close()
     assert engine.report().counters.loads > len(prompts)
 
     model = load(EngineConfig(model="dummy:tiny", device="cuda", dtype="float32"), _quiet).model

@@ -15,6 +15,7 @@ import zmq
 from services.common.errors import (
     CancelledError,
     ContextMismatchError,
+    ContextTooLongError,
     DjinnError,
     ErrorInfo,
     InternalError,
@@ -194,6 +195,9 @@ class FakeEngine:
             self._tell(messages.SessionEventKind.CREATED, session)
         if session.running is not None:
             raise SessionBusyError("busy")
+        context = submit.full_context if submit.full_context is not None else session.tokens
+        if len(context) + len(submit.append) >= CONTEXT_LIMIT:
+            raise ContextTooLongError(f"at most {CONTEXT_LIMIT} fit")
         expected = submit.expected_context_length
         if submit.full_context is not None:
             session.tokens = list(submit.full_context)

@@ -44,3 +44,20 @@ def write_text_model(
     end = tokenizer.token_to_id(END)
     (folder / "config.json").write_text(json.dumps({"eos_token_id": end} if eos else {}))
     return folder
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """Returns a tokenizer of words of one letter that writes all others as bytes, as Llama-2's."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "▁b", "é"]
+    vocab = {name: index for index, name in enumerate(names)}
+    model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer

@@ -16,6 +16,10 @@ from services.worker.engine.sequence import Request, Session
 from services.worker.engine.step import SequenceSlice, StepPlan
 from services.worker.engine.transfer import Priority
 
+# A GPU takes about as long again for this many prompt tokens as for a batch of decodes, so agents
+# that are generating barely notice.
+_PROMPT_TOKENS_BESIDE_DECODES = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -171,6 +175,8 @@ class Batcher:
         decodes = [session for session in self.running if session.remaining == 1]
         prompts = [session for session in self.running if session.remaining > 1]
         budget = self._max_tokens
+        if decodes:
+            budget = min(budget, len(decodes) + _PROMPT_TOKENS_BESIDE_DECODES)
         chosen: list[tuple[Session, int]] = []
         for session in decodes + prompts:
             if budget == 0:

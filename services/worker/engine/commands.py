@@ -23,7 +23,7 @@ from services.common.errors import (
     WrongStateError,
 )
 from services.worker.engine.block import CopyTicket
-from services.worker.engine.kv_mover import KvMover
+from services.worker.engine.kv_mover import FinishedCopy, KvMover
 from services.worker.engine.sequence import Session
 from services.worker.engine.streams import Event
 from services.worker.engine.transfer import Priority
@@ -60,6 +60,12 @@ class _Pending:
     moved_blocks: int = 0
     resident_blocks: int = 0
     copy_start_ns: int = 0
+    copy_end_ns: int = 0
+
+    def count(self, copy: FinishedCopy) -> None:
+        """Widens the time of its copies by one of them."""
+        self.copy_start_ns = min(self.copy_start_ns or copy.start_ns, copy.start_ns)
+        self.copy_end_ns = max(self.copy_end_ns, copy.end_ns)
 
 
 class Commands:
@@ -98,12 +104,15 @@ class Commands:
         except DjinnError as error:
             self._fail(command, session, error)
 
-    def collect(self, done: list[CopyTicket]) -> None:
+    def collect(self, done: list[FinishedCopy]) -> None:
         """Ends the commands that waited for these copies."""
         if not done:
             return
         for pending in list(self._copying):
-            pending.tickets.difference_update(done)
+            for copy in done:
+                if copy.ticket in pending.tickets:
+                    pending.tickets.remove(copy.ticket)
+                    pending.count(copy)
             if not pending.tickets:
                 self._copying.remove(pending)
                 self._copied(pending)
@@ -221,7 +230,6 @@ class Commands:
 
     def _wait(self, pending: _Pending) -> None:
         if pending.tickets:
-            pending.copy_start_ns = time.time_ns()
             self._copying.append(pending)
         else:
             self._copied(pending)
@@ -270,7 +278,7 @@ class Commands:
                 moved_blocks=pending.moved_blocks,
                 resident_blocks=pending.resident_blocks,
                 copy_start_ns=pending.copy_start_ns,
-                copy_end_ns=now_ns if pending.copy_start_ns else 0,
+                copy_end_ns=pending.copy_end_ns,
                 received_ns=command.received_ns,
                 done_ns=now_ns,
             )

@@ -6,8 +6,8 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -15,8 +15,15 @@ from services.common.errors import ConfigError
 
 _CHUNK_BYTES = 1 << 30
 
-Pin = Callable[[int, int], None]
-"""Makes host memory fit for asynchronous copies, given its address and size in bytes."""
+
+class Pinning(Protocol):
+    """Makes host memory fit for asynchronous copies."""
+
+    def pin(self, address: int, size_bytes: int) -> None:
+        """Pins memory; raises `ConfigError` if it cannot be."""
+
+    def unpin(self, address: int) -> None:
+        """Takes back the `pin` of this address, before the memory is freed."""
 
 
 class HostPool:
@@ -29,13 +36,13 @@ class HostPool:
     Args:
         num_blocks: Blocks; may be 0.
         block_bytes: Bytes of a block.
-        pin: Called for each chunk, in order; None: the memory needs no pinning.
+        pinning: Asked for each chunk, in order; None: the memory needs no pinning.
 
     Raises:
         ConfigError: The machine has not that much memory.
     """
 
-    def __init__(self, num_blocks: int, block_bytes: int, *, pin: Pin | None) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, *, pinning: Pinning | None) -> None:
         size_bytes = num_blocks * block_bytes
         limit_bytes = memory_limit_bytes()
         if size_bytes > limit_bytes:
@@ -49,12 +56,16 @@ class HostPool:
         self._map.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(self._map, dtype=torch.uint8, count=max(size_bytes, 1))
         self.bytes = flat[:size_bytes]
-        self._usable = num_blocks if pin is None else 0
+        self._usable = num_blocks if pinning is None else 0
+        self._pinning = pinning
+        self._pinned: list[int] = []
         self._failure: ConfigError | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        if pin is not None and num_blocks:
-            self._thread = threading.Thread(target=self._pin, args=(pin,), name="pin", daemon=True)
+        if pinning is not None and num_blocks:
+            self._thread = threading.Thread(
+                target=self._pin, args=(pinning,), name="pin", daemon=True
+            )
             self._thread.start()
 
     @property
@@ -74,35 +85,43 @@ class HostPool:
         return max(1, _CHUNK_BYTES // whole) * whole // self._block_bytes
 
     def close(self) -> None:
-        """Stops pinning and waits for the chunk under way."""
+        """Takes the pinning back; nothing may be copying any more."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
+        for address in self._pinned:
+            assert self._pinning is not None
+            self._pinning.unpin(address)
+        self._pinned.clear()
 
-    def _pin(self, pin: Pin) -> None:
+    def _pin(self, pinning: Pinning) -> None:
         while self._usable < self.num_blocks and not self._closing.is_set():
             blocks = min(self.chunk_blocks(), self.num_blocks - self._usable)
-            first = self._usable * self._block_bytes
+            address = self.bytes.data_ptr() + self._usable * self._block_bytes
             try:
-                pin(self.bytes.data_ptr() + first, blocks * self._block_bytes)
+                pinning.pin(address, blocks * self._block_bytes)
             except ConfigError as failure:
                 self._failure = failure
                 return
+            self._pinned.append(address)
             self._usable += blocks
 
 
-def pin_for_cuda(address: int, size_bytes: int) -> None:
-    """Registers host memory with the CUDA driver; the interpreter is free meanwhile.
+class CudaPinning:
+    """Registers host memory with the CUDA driver; the interpreter is free meanwhile."""
 
-    Raises:
-        ConfigError: The driver refuses.
-    """
-    status = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0))
-    if status != 0:
-        raise ConfigError(
-            f"--host-pool-gib: the driver would not pin {size_bytes / 2**30:.1f} GiB more "
-            f"(CUDA error {status}); is `ulimit -l` unlimited?"
-        )
+    def pin(self, address: int, size_bytes: int) -> None:
+        """See `Pinning.pin`."""
+        status = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0))
+        if status != 0:
+            raise ConfigError(
+                f"--host-pool-gib: the driver would not pin {size_bytes / 2**30:.1f} GiB more "
+                f"(CUDA error {status}); is `ulimit -l` unlimited?"
+            )
+
+    def unpin(self, address: int) -> None:
+        """See `Pinning.unpin`."""
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def memory_limit_bytes() -> int:

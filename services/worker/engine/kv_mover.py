@@ -36,6 +36,20 @@ class MoverCounters:
     drops: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedCopy:
+    """A ticket that has been carried out.
+
+    Attributes:
+        start_ns: Wall clock when its first byte was copied.
+        end_ns: Wall clock when its last byte had been.
+    """
+
+    ticket: CopyTicket
+    start_ns: int
+    end_ns: int
+
+
 def furthest_first(session: Session) -> tuple[float, int]:
     """Sort key: who is expected latest comes first, and of those unknown who was used longest ago.
 
@@ -194,9 +208,9 @@ class KvMover:
 
     # --- copies ----------------------------------------------------------------------------------
 
-    def poll(self) -> list[CopyTicket]:
-        """Takes in the copies that are done and returns their tickets."""
-        tickets = []
+    def poll(self) -> list[FinishedCopy]:
+        """Takes in the copies that are done and returns them."""
+        finished = []
         for job in self._transfers.poll():
             ticket = self._jobs.pop(job)
             del self._job_of[ticket]
@@ -206,10 +220,10 @@ class KvMover:
             else:
                 self.counters.stores += 1
                 self.counters.stored_bytes += job.size_bytes
-            tickets.append(ticket)
-        if tickets:
+            finished.append(FinishedCopy(ticket, job.start_ns, job.end_ns))
+        if finished:
             self.store_stranded()
-        return tickets
+        return finished
 
     def tickets(self) -> list[CopyTicket]:
         """Returns the tickets in flight."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from services.common.errors import ConfigError
-from services.worker.engine.attention import AttentionSpec, StepShape, select_backend
+from services.worker.engine.attention import AttentionSpec, select_backend
 from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.model_loader import LoadedModel
 from services.worker.engine.models.any import AnyModel, CheckedAttention
+from services.worker.engine.models.base import StepModel
+from services.worker.engine.models.select import fused_model
 from services.worker.engine.sampler import SamplingBatch, sample
 from services.worker.engine.step import (
     SampledToken,
@@ -22,31 +24,17 @@ from services.worker.engine.step import (
     StepPlan,
     StepResult,
 )
+from services.worker.engine.step_input import HostStep, prepare
 from services.worker.engine.streams import Event, Stream
 from services.worker.engine.tensors import download, upload
 from services.worker.messages import PositionLogprobs, SamplingParams, TokenLogprob
 
+if TYPE_CHECKING:
+    from services.worker.engine.step_graphs import StepGraphs
+
 _WARM_UP_TOKENS = 40
 # How like its own a model's logits must be: cosine of the angle between them.
 _LIKENESS = {torch.float32: 0.9999, torch.bfloat16: 0.97, torch.float16: 0.97}
-
-
-@dataclass(frozen=True, slots=True)
-class _HostStep:
-    """A step's inputs in host memory.
-
-    Attributes:
-        token_ids: int64 ``[T]``.
-        positions: int64 ``[T]``.
-        rows: int64 ``[n]``, the last token of each slice to be sampled after.
-        requests: How to sample, for each of `rows`.
-    """
-
-    shape: StepShape
-    token_ids: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-    requests: list[SampleRequest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +100,8 @@ class ModelRunner:
         compute: Stream,
         *,
         attention: str = "auto",
+        max_running_sequences: int = 64,
+        any_model: bool = False,
     ) -> None:
         """Binds a model to a device pool.
 
@@ -121,6 +111,8 @@ class ModelRunner:
             kv: The pool as ``layout.view`` shows it. Every block may be used.
             compute: Where all device work is launched.
             attention: Name of an attention backend, or ``auto``.
+            max_running_sequences: Most sequences of a step that CUDA graphs are captured for.
+            any_model: Run transformers' modules even where there is a faster forward pass.
 
         Raises:
             ConfigError: There is no such backend, or it does not take this model.
@@ -129,7 +121,11 @@ class ModelRunner:
         self._layout = layout
         self._num_blocks = kv.shape[0]
         self._compute = compute
-        self._model = AnyModel(loaded.model)
+        self._max_sequences = max_running_sequences
+        self._own = AnyModel(loaded.model)
+        fused = None if any_model else fused_model(loaded.model, loaded.max_context_length)
+        self._model: StepModel = fused or self._own
+        self._graphs: StepGraphs | None = None
         spec = AttentionSpec(layout, loaded.num_query_heads, loaded.device)
         self._attention = select_backend(attention)(spec, kv)
 
@@ -147,19 +143,24 @@ class ModelRunner:
         Returns:
             The step, whose `result` has one entry per slice.
         """
-        step = _prepare(plan, self._layout.block_size_tokens)
+        step = prepare(plan, self._layout.block_size_tokens)
         launched = LaunchedStep(plan, step.requests)
         self._compute.launch(lambda: launched._finish(self._run(step)))
         launched._launched(self._compute.record())
         return launched
 
-    def warm_up(self) -> None:
+    def warm_up(self, report: Callable[[str, float], None] | None = None) -> None:
         """Runs a few steps, so that requests find everything in place; blocks until done.
+
+        On a GPU whose attention allows it, steps are captured in CUDA graphs.
 
         A short text is computed in three pieces, over two blocks if there are two, and compared
         with what transformers' own attention makes of it.
 
         Writes to the pool's first blocks: call it before anything lives there.
+
+        Args:
+            report: Told what is being done and the fraction done.
 
         Raises:
             ConfigError: The model attends in a way that is not supported.
@@ -168,19 +169,24 @@ class ModelRunner:
         blocks = [1, 0] if self._num_blocks > 1 else [0]
         length = min(_WARM_UP_TOKENS, size * len(blocks), self._loaded.max_context_length)
         text = [(7 * i + 3) % self._loaded.vocab_size for i in range(max(length, 1))]
+        self._build(report or _tell_nobody)
         failures: list[ConfigError] = []
         self._compute.launch(lambda: self._check(text, blocks, failures))
         self._compute.record().synchronize()
         if failures:
             raise failures[0]
+        self._capture(report or _tell_nobody)
         sampling = SamplingParams(temperature=1.0, top_k=2, top_p=0.5)
         wanted = SampleRequest(sampling, position=length, logprobs=1)
         last = SequenceSlice(text[-1:], len(text) - 1, blocks, wanted)
         self.launch(StepPlan((last,))).result()
 
-    def _run(self, step: _HostStep) -> _Output:
+    def _run(self, step: HostStep) -> _Output:
         device = self._loaded.device
         with torch.inference_mode():
+            made = self._graphs.run(step) if self._graphs is not None else None
+            if made is not None:
+                return _choose(made.logits, made.likeliest, step.requests)
             attention_plan = self._attention.plan(step.shape)
             logits = self._model.forward(
                 upload(step.token_ids, device),
@@ -189,7 +195,50 @@ class ModelRunner:
                 self._attention,
                 attention_plan,
             )
-            return _choose(logits.float(), step.requests)
+            return _choose(logits.float(), None, step.requests)
+
+    def _build(self, report: Callable[[str, float], None]) -> None:
+        if self._attention.name != "flashinfer":
+            return
+        from services.worker.engine.attention.flashinfer import FlashInferBackend
+
+        backend = self._attention
+        assert isinstance(backend, FlashInferBackend)
+        report("building attention kernels", 0.0)
+
+        def build() -> None:
+            with torch.inference_mode():
+                backend.build(self._loaded.max_context_length)
+
+        self._compute.launch(build)
+        self._compute.record().synchronize()
+        report("building attention kernels", 1.0)
+
+    def _capture(self, report: Callable[[str, float], None]) -> None:
+        # Only the fused forward pass is known to launch nothing but kernels.
+        if self._attention.name != "flashinfer" or self._model is self._own:
+            return
+        from services.worker.engine.attention.flashinfer import FlashInferBackend
+        from services.worker.engine.step_graphs import StepGraphs
+
+        assert isinstance(self._attention, FlashInferBackend)
+        graphs = StepGraphs(
+            self._model,
+            self._attention,
+            vocab_size=self._loaded.vocab_size,
+            max_sequences=self._max_sequences,
+            max_context_length=self._loaded.max_context_length,
+            block_size=self._layout.block_size_tokens,
+            device=self._loaded.device,
+        )
+
+        def capture() -> None:
+            with torch.inference_mode():
+                graphs.capture(report)
+
+        self._compute.launch(capture)
+        self._compute.record().synchronize()
+        self._graphs = graphs
 
     def _check(self, text: list[int], blocks: list[int], failures: list[ConfigError]) -> None:
         # Caught here, or the compute stream would fail all that comes after.
@@ -208,7 +257,16 @@ class ModelRunner:
         for start, end in itertools.pairwise(bounds):
             wanted = SampleRequest(SamplingParams(), position=end)
             part = SequenceSlice(text[start:end], start, blocks, wanted)
-            step = _prepare(StepPlan((part,)), self._layout.block_size_tokens)
+            step = prepare(StepPlan((part,)), self._layout.block_size_tokens)
+            if self._model is not self._own:
+                logits = self._model.forward(
+                    upload(step.token_ids, device),
+                    upload(step.positions, device),
+                    upload(step.rows, device),
+                    self._attention,
+                    self._attention.plan(step.shape),
+                )
+                continue
             attention = CheckedAttention(
                 self._attention,
                 self._attention.plan(step.shape),
@@ -216,7 +274,7 @@ class ModelRunner:
                 head_dim=loaded.head_dim,
                 max_context_length=loaded.max_context_length,
             )
-            logits = self._model.forward_checked(
+            logits = self._own.forward_checked(
                 upload(step.token_ids, device),
                 upload(step.positions, device),
                 upload(step.rows, device),
@@ -227,7 +285,7 @@ class ModelRunner:
                     f"{len(attention.layers)} of {loaded.num_layers} layers attend through"
                     " transformers' attention interface: not supported"
                 )
-        reference = self._model.reference(torch.tensor(text, device=device)).double()
+        reference = self._own.reference(torch.tensor(text, device=device)).double()
         likeness = torch.cosine_similarity(reference, logits[0].double(), dim=0)
         if not likeness >= _LIKENESS[loaded.dtype]:
             raise ConfigError(
@@ -236,44 +294,15 @@ class ModelRunner:
             )
 
 
-def _prepare(plan: StepPlan, block_size: int) -> _HostStep:
-    """Lays a plan out as flat rows; no device work."""
-    slices = plan.slices
-    query_lengths = [len(part.token_ids) for part in slices]
-    positions = np.concatenate(
-        [np.arange(p.start, p.start + n) for p, n in zip(slices, query_lengths, strict=True)]
-    )
-    blocks = np.concatenate(
-        [
-            np.repeat(
-                np.array(p.block_table, dtype=np.int64)[
-                    p.start // block_size : (p.start + n - 1) // block_size + 1
-                ],
-                block_size,
-            )[p.start % block_size :][:n]
-            for p, n in zip(slices, query_lengths, strict=True)
-        ]
-    )
-    ends = np.cumsum(query_lengths) - 1
-    wanted = [i for i, part in enumerate(slices) if part.sample is not None]
-    return _HostStep(
-        shape=StepShape(
-            query_lengths=query_lengths,
-            kv_lengths=[p.start + n for p, n in zip(slices, query_lengths, strict=True)],
-            block_tables=[part.block_table for part in slices],
-            num_decodes=sum(1 for _ in itertools.takewhile(lambda n: n == 1, query_lengths)),
-            slots=blocks * block_size + positions % block_size,
-        ),
-        token_ids=np.concatenate([np.array(p.token_ids, dtype=np.int64) for p in slices]),
-        positions=positions.astype(np.int64),
-        rows=ends[wanted].astype(np.int64),
-        requests=[part.sample for part in slices if part.sample is not None],
-    )
+def _tell_nobody(_what: str, _done: float) -> None:
+    return
 
 
-def _choose(logits: torch.Tensor, requests: list[SampleRequest]) -> _Output:
+def _choose(
+    logits: torch.Tensor, likeliest: torch.Tensor | None, requests: list[SampleRequest]
+) -> _Output:
     batch = SamplingBatch([r.params for r in requests], [r.position for r in requests])
-    tokens = sample(logits, batch)
+    tokens = sample(logits, batch) if likeliest is None or not batch.greedy else likeliest
     chosen = top = None
     most = max((r.logprobs for r in requests if r.logprobs is not None), default=None)
     if most is not None:

@@ -20,7 +20,7 @@ from services.worker.config import EngineConfig
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.cuda_streams import CudaStream
 from services.worker.engine.engine import Engine, EngineLimits
-from services.worker.engine.host_pool import HostPool, pin_for_cuda
+from services.worker.engine.host_pool import CudaPinning, HostPool
 from services.worker.engine.kv_cache import KVCache
 from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.kv_mover import KvMover
@@ -76,13 +76,22 @@ def build(config: EngineConfig, wakeup: Wakeup, report: Callable[[str, float], N
     report("allocating the pools", 0.0)
     on_gpu = loaded.device.type == "cuda"
     cache = KVCache(layout, sizes.device_blocks, loaded.device)
-    host = HostPool(sizes.host_blocks, layout.block_bytes, pin=pin_for_cuda if on_gpu else None)
+    host = HostPool(
+        sizes.host_blocks, layout.block_bytes, pinning=CudaPinning() if on_gpu else None
+    )
     compute, loads, stores = (
         _stream(name, loaded.device, wakeup) for name in ("compute", "load", "store")
     )
-    runner = ModelRunner(loaded, layout, cache.kv, compute, attention=config.attention)
+    runner = ModelRunner(
+        loaded,
+        layout,
+        cache.kv,
+        compute,
+        attention=config.attention,
+        max_running_sequences=config.max_running_sequences,
+    )
     report("warming up", 0.0)
-    runner.warm_up()
+    runner.warm_up(report)
     mover = KvMover(
         BlockManager(sizes.device_blocks, host.usable_blocks, layout.block_size_tokens),
         Transfers(loads, stores),

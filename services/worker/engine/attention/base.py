@@ -8,8 +8,9 @@ buffers its kernels read and writes every plan into them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ class StepShape:
 
     query_lengths: list[int]
     kv_lengths: list[int]
-    block_tables: list[list[int]]
+    block_tables: Sequence[Sequence[int]]
     num_decodes: int
     slots: npt.NDArray[np.int64]
 
@@ -90,6 +91,50 @@ class AttentionBackend(Protocol):
 
         Returns:
             ``[T, num_query_heads, head_dim]``, contiguous; valid until the next call.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryInput:
+    """One layer's Q, K and V before their rotation.
+
+    Attributes:
+        qkv: ``[T, num_query_heads + 2 * num_kv_heads, head_dim]`` in one flat row per token.
+        cos: float32 ``[positions, head_dim / 2]``.
+        sin: As `cos`.
+        positions: int64 ``[T]``.
+        query_norm: ``[head_dim]``, norm of each head of Q before it is rotated; None: there is
+            none, neither for Q nor for K.
+        key_norm: ``[head_dim]``, the same for K.
+        epsilon: Added to the mean square in these norms.
+    """
+
+    qkv: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    epsilon: float
+
+
+@runtime_checkable
+class RotaryBackend(AttentionBackend, Protocol):
+    """A backend that rotates Q and K in the kernel that writes K and V."""
+
+    def attend_rotary(
+        self, plan: Plan, layer: int, source: RotaryInput, scale: float
+    ) -> torch.Tensor:
+        """Rotates one layer's Q and K, then does what `attend` does.
+
+        Args:
+            plan: What `plan` returned for this step.
+            layer: Index of the layer, below `KVLayout.num_layers`.
+            source: Q, K and V.
+            scale: Factor for the products of Q and K.
+
+        Returns:
+            As `attend`.
         """
 
 

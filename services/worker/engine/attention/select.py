@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import torch
+
 from services.common.errors import ConfigError
-from services.worker.engine.attention.base import BackendFactory
+from services.worker.engine.attention.base import AttentionBackend, AttentionSpec, BackendFactory
 from services.worker.engine.attention.sdpa import SdpaBackend
 
-_BACKENDS: dict[str, BackendFactory] = {"sdpa": SdpaBackend}
+
+def _flashinfer(spec: AttentionSpec, kv: torch.Tensor) -> AttentionBackend:
+    # Imported late: it takes kernels that only a GPU's torch has.
+    from services.worker.engine.attention.flashinfer import FlashInferBackend
+
+    return FlashInferBackend(spec, kv)
+
+
+def _fastest(spec: AttentionSpec, kv: torch.Tensor) -> AttentionBackend:
+    if spec.device.type == "cuda":
+        from services.worker.engine.attention.flashinfer import FlashInferBackend, why_not
+
+        if why_not(spec) is None:
+            return FlashInferBackend(spec, kv)
+    return SdpaBackend(spec, kv)
+
+
+_BACKENDS: dict[str, BackendFactory] = {
+    "auto": _fastest,
+    "flashinfer": _flashinfer,
+    "sdpa": SdpaBackend,
+}
 
 
 def select_backend(name: str) -> BackendFactory:
@@ -18,10 +41,8 @@ def select_backend(name: str) -> BackendFactory:
     Raises:
         ConfigError: There is no such backend.
     """
-    if name == "auto":
-        return SdpaBackend
     try:
         return _BACKENDS[name]
     except KeyError:
-        known = ", ".join(["auto", *sorted(_BACKENDS)])
+        known = ", ".join(sorted(_BACKENDS))
         raise ConfigError(f"--attention {name}: unknown, use one of {known}") from None

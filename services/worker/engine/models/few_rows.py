@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_MOST_ROWS = 64
+MOST_ROWS = 64
 # More rows than this are padded to a multiple of the other.
 _UNPADDED_ROWS = 8
 _ROW_MULTIPLE = 16
@@ -48,18 +48,30 @@ class FewRows:
 
     def _forward(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
-        if not self.on or x.numel() > _MOST_ROWS * width:
+        if not self.on or x.numel() > MOST_ROWS * width:
             return F.linear(x, module.weight, module.bias)
-        rows = x.reshape(-1, width)
-        count = rows.shape[0]
-        if count > _UNPADDED_ROWS:
-            rows = F.pad(rows, (0, 0, 0, -count % _ROW_MULTIPLE))
-        bias: torch.Tensor | None = module.bias
-        if bias is None:
-            product = torch.mm(module.weight, rows.t())
-        else:
-            product = torch.addmm(bias.unsqueeze(1), module.weight, rows.t())
-        return product[:, :count].t().contiguous().view(*x.shape[:-1], module.weight.shape[0])
+        rows = turned_linear(x.reshape(-1, width), module.weight, module.bias)
+        return rows.view(*x.shape[:-1], module.weight.shape[0])
+
+
+def turned_linear(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Does what `torch.nn.functional.linear` does, turned round.
+
+    Args:
+        rows: ``[T, in]``.
+        weight: ``[out, in]``.
+        bias: ``[out]``, or None.
+    """
+    count = rows.shape[0]
+    if count > _UNPADDED_ROWS:
+        rows = F.pad(rows, (0, 0, 0, -count % _ROW_MULTIPLE))
+    if bias is None:
+        product = torch.mm(weight, rows.t())
+    else:
+        product = torch.addmm(bias.unsqueeze(1), weight, rows.t())
+    return product[:, :count].t().contiguous()
 
 
 def _is_cpu_float32(weight: torch.Tensor) -> bool:
