@@ -148,6 +148,8 @@ class EngineHarness:
         }
         layout = KVLayout(1, BLOCK, 1, 1, torch.float64)
         self.cache = KVCache(layout, device_blocks, torch.device("cpu"))
+        # Whatever is read before it was written must be found out.
+        self.cache.kv.fill_(float("nan"))
         self.host = torch.zeros(host_blocks * layout.block_bytes, dtype=torch.uint8)
         self.blocks = BlockManager(device_blocks, host_blocks, BLOCK)
         self.mover = KvMover(

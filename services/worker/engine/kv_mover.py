@@ -68,6 +68,7 @@ class KvMover:
         device: The device pool's bytes, uint8, one dimension.
         host: The host pool's bytes, uint8, one dimension.
         block_bytes: Bytes of a block.
+        host_seam_blocks: The host pool is pinned in pieces of this many blocks; None: in one.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class KvMover:
         device: torch.Tensor,
         host: torch.Tensor,
         block_bytes: int,
+        host_seam_blocks: int | None = None,
     ) -> None:
         self.blocks = blocks
         self.counters = MoverCounters()
@@ -85,6 +87,7 @@ class KvMover:
         self._device = device
         self._host = host
         self.block_bytes = block_bytes
+        self._host_seam_blocks = host_seam_blocks
         self._jobs: dict[CopyJob, CopyTicket] = {}
         self._job_of: dict[CopyTicket, CopyJob] = {}
         self._waiting_for_load: dict[CopyTicket, list[Session]] = {}
@@ -268,13 +271,15 @@ class KvMover:
 
     def _start(self, ticket: CopyTicket, priority: Priority) -> None:
         to_device = ticket.direction is Direction.LOAD
+        seam = self._host_seam_blocks
         if to_device:
             pairs = [(copy.host, copy.device) for copy in ticket.copies]
             source, destination = self._host, self._device
+            runs = coalesce(pairs, self.block_bytes, source_seam=seam)
         else:
             pairs = [(copy.device, copy.host) for copy in ticket.copies]
             source, destination = self._device, self._host
-        runs = coalesce(pairs, self.block_bytes)
+            runs = coalesce(pairs, self.block_bytes, destination_seam=seam)
         job = CopyJob(source, destination, runs, priority, ticket.after)
         self._jobs[job] = ticket
         self._job_of[ticket] = job

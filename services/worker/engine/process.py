@@ -98,6 +98,7 @@ def build(config: EngineConfig, wakeup: Wakeup, report: Callable[[str, float], N
         cache.bytes,
         host.bytes,
         layout.block_bytes,
+        host.chunk_blocks() if on_gpu else None,
     )
     limits = EngineLimits(
         vocab_size=loaded.vocab_size,

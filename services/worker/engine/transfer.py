@@ -76,12 +76,21 @@ class CopyJob:
         return self.source.is_cuda or self.destination.is_cuda
 
 
-def coalesce(pairs: Iterable[tuple[int, int]], block_bytes: int) -> tuple[Run, ...]:
+def coalesce(
+    pairs: Iterable[tuple[int, int]],
+    block_bytes: int,
+    *,
+    source_seam: int | None = None,
+    destination_seam: int | None = None,
+) -> tuple[Run, ...]:
     """Returns block copies as runs, adjoining blocks joined.
 
     Args:
         pairs: (source block, destination block); no destination twice.
         block_bytes: Bytes of a block on both sides.
+        source_seam: No run crosses a multiple of this many blocks of the source: a copy whose host
+            memory was pinned in two pieces is refused by the CUDA driver. None: no seams.
+        destination_seam: The same of the destination.
     """
     runs: list[Run] = []
     for source, destination in sorted(pairs):
@@ -89,6 +98,8 @@ def coalesce(pairs: Iterable[tuple[int, int]], block_bytes: int) -> tuple[Run, .
         last = runs[-1] if runs else None
         if (
             last is not None
+            and not _on_seam(source, source_seam)
+            and not _on_seam(destination, destination_seam)
             and last.source + last.size_bytes == run.source
             and last.destination + last.size_bytes == run.destination
         ):
@@ -96,6 +107,10 @@ def coalesce(pairs: Iterable[tuple[int, int]], block_bytes: int) -> tuple[Run, .
         else:
             runs.append(run)
     return tuple(runs)
+
+
+def _on_seam(block: int, seam: int | None) -> bool:
+    return seam is not None and block % seam == 0
 
 
 @dataclass(slots=True)

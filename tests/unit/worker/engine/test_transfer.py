@@ -35,6 +35,14 @@ def test_blocks_that_adjoin_on_one_side_only_stay_apart() -> None:
     assert coalesce([(0, 5), (1, 4)], 10) == (Run(0, 50, 10), Run(10, 40, 10))
 
 
+def test_no_run_crosses_a_seam() -> None:
+    pairs = [(block, block + 2) for block in range(6)]
+    whole = (Run(0, 20, 60),)
+    assert coalesce(pairs, 10) == coalesce(pairs, 10, source_seam=6) == whole
+    assert coalesce(pairs, 10, source_seam=4) == (Run(0, 20, 40), Run(40, 60, 20))
+    assert coalesce(pairs, 10, destination_seam=4) == (Run(0, 20, 20), Run(20, 40, 40))
+
+
 def test_a_job_moves_its_runs_and_nothing_else() -> None:
     bench = Bench()
     source, destination = torch.arange(8, dtype=torch.uint8), memory(8, 255)
