@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -224,16 +225,19 @@ def measure_vllm(
         "new_tokens": count,
     }
     script = Path(__file__).with_name("vllm_decode.py")
-    done = subprocess.run(
-        [python, script],
-        input=json.dumps(request),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        # By default vLLM takes half of the machine's memory for KV, which others may need.
-        env={"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "PYTHONPATH": ""},
-    )
-    answer = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(prefix="djinn-bench-") as folder:
+        # Not by stdout: vLLM's processes log there.
+        result = Path(folder) / "answer.json"
+        subprocess.run(
+            [python, script, result],
+            input=json.dumps(request),
+            stdout=sys.stderr,
+            text=True,
+            check=True,
+            # By default vLLM takes half of the machine's memory for KV, which others may need.
+            env={"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "PYTHONPATH": ""},
+        )
+        answer = json.loads(result.read_text())
     return Round(answer["first_s"], answer["decode_tokens_per_s"], answer["tokens"])
 
 

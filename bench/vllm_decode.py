@@ -1,6 +1,7 @@
-"""Runs in vLLM's own virtual environment: reads a request from stdin, answers on stdout.
+"""Decodes with vLLM, in vLLM's own virtual environment.
 
-The speed of decoding alone is what many tokens cost more than one.
+Reads a request from stdin and writes the answer to the file that is its argument. The speed of
+decoding alone is what many tokens cost more than one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 
 def main() -> int:
@@ -49,7 +51,7 @@ def main() -> int:
         "decode_tokens_per_s": decoded / (sorted(alls)[1] - first),
         "tokens": tokens,
     }
-    print(json.dumps(answer))
+    Path(sys.argv[1]).write_text(json.dumps(answer))
     return 0
 
 
