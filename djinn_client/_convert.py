@@ -226,6 +226,7 @@ def session_from_proto(session: types_pb2.Session) -> SessionInfo:
         phase_time=_time_of(session, "phase_time"),
         tool_name=session.tool_name,
         expected_wake_time=_time_of(session, "expected_wake_time"),
+        expire_time=_time_of(session, "expire_time"),
         worker_id=session.worker_id,
         worker_endpoint=session.worker_endpoint,
         context_length=session.context_length,

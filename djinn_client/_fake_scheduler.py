@@ -242,6 +242,17 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         result = await self._command("DropSession", request.session_id, context)
         return admin_service_pb2.DropSessionResponse(result=result)
 
+    async def ExplainSession(
+        self, request: admin_service_pb2.ExplainSessionRequest, context: Context
+    ) -> admin_service_pb2.ExplainSessionResponse:
+        """Returns the session alone: the fake decides nothing that could be explained."""
+        session_id = request.session_id
+        if session_id not in self._state.sessions:
+            await abort(context, FaultError("SESSION_UNKNOWN", f"no session {session_id!r}"))
+        return admin_service_pb2.ExplainSessionResponse(
+            session=self._state.sessions[session_id].message, policy="fake"
+        )
+
     async def DrainWorker(
         self, request: admin_service_pb2.DrainWorkerRequest, context: Context
     ) -> admin_service_pb2.DrainWorkerResponse:

@@ -53,6 +53,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 raise fault.error
             log, appended = self._take_in(request)
             self._state.generating.add(request.session_id)
+            finished = None
             try:
                 yield self._started(request.session_id, log, appended)
                 produced = 0
@@ -60,10 +61,16 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                     if fault is not None and produced == fault.after_tokens:
                         raise fault.error
                     produced += len(message.delta.token_ids)
+                    if message.HasField("finished"):
+                        finished = message
+                        break
                     yield message
             finally:
                 self._state.generating.discard(request.session_id)
                 self._server.notify()
+            # Whoever hears of the end may send the session's next request at once.
+            assert finished is not None
+            yield finished
         except FaultError as error:
             await abort(context, error)
 

@@ -182,7 +182,9 @@ class Session:
 
         Args:
             name: The tool.
-            expected_s: Seconds that it is expected to take; None: unknown.
+            expected_s: Seconds that it is expected to take; None: unknown. It also tells the
+                scheduler how long not to take the client for lost; see "Expiry" in
+                docs/protocol.md.
         """
         return ToolCall(self._state, name, expected_s)
 

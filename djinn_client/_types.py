@@ -250,6 +250,7 @@ class SessionInfo:
     phase_time: dt.datetime | None
     tool_name: str
     expected_wake_time: dt.datetime | None
+    expire_time: dt.datetime | None
     worker_id: str
     worker_endpoint: str
     context_length: int

@@ -90,6 +90,27 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most sessions open at once; no limit if not given",
     )
+    policy.add_argument(
+        "--policy-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="tells the policy something, such as prefetch=off; may be given several times",
+    )
+    policy.add_argument(
+        "--tenant-quota",
+        action="append",
+        default=[],
+        metavar="TENANT=N",
+        help="most sessions open at once of a tenant, *: of each one not named; may be given "
+        "several times",
+    )
+    policy.add_argument(
+        "--session-ttl-s",
+        type=flags.non_negative_float,
+        metavar="S",
+        help="a session whose client gives no sign for this long is closed; 0: never",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -161,6 +182,10 @@ def scheduler_arguments(args: argparse.Namespace, port: int) -> list[str]:
         arguments.append(f"--idle-threshold-seconds={args.idle_threshold_seconds}")
     if args.max_sessions is not None:
         arguments.append(f"--max-sessions={args.max_sessions}")
+    arguments += [f"--policy-option={option}" for option in args.policy_option]
+    arguments += [f"--tenant-quota={quota}" for quota in args.tenant_quota]
+    if args.session_ttl_s is not None:
+        arguments.append(f"--session-ttl-s={args.session_ttl_s}")
     return arguments
 
 

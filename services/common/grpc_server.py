@@ -69,6 +69,10 @@ class GrpcServer:
         """Sets what the health service says of the process and of each of its services."""
         self._health.set_serving(serving)
 
+    def set_ready(self, part: str) -> None:
+        """Lets the health service say of a part, from now on, what it says of the process."""
+        self._health.set_ready(part)
+
     async def stop(self, drain_s: float) -> None:
         """Stops: says NOT_SERVING, takes no new calls, waits for those that run, cancels the rest.
 
@@ -92,6 +96,7 @@ async def serve(
     *,
     port_flag: str = "--port",
     serving: bool = True,
+    parts: Sequence[str] = (),
     options: Sequence[tuple[str, int]] = (),
 ) -> GrpcServer:
     """Starts a server with health and reflection besides the services it is given.
@@ -105,6 +110,7 @@ async def serve(
         port: Port to listen on; 0 takes a free one.
         port_flag: The flag that the port came from, for the message of a busy one.
         serving: What health says from the start; False until something else is ready too.
+        parts: Names that health knows besides, not serving before `GrpcServer.set_ready`.
         options: gRPC server options that go before `SERVER_OPTIONS`.
 
     Raises:
@@ -118,7 +124,7 @@ async def serve(
     )
     for add, servicer in servicers:
         add(servicer, server)
-    service = health.HealthService(names)
+    service = health.HealthService(names, parts)
     health_pb2_grpc.add_HealthServicer_to_server(service, server)
     reflection.enable_server_reflection(
         (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server

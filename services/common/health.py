@@ -23,15 +23,21 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """Says for each service, and for the whole process as ``""``, whether it serves."""
+    """Says for each service, and for the whole process as ``""``, whether it serves.
 
-    def __init__(self, names: Iterable[str]) -> None:
+    A part of the process that is ready later than its services has a name of its own.
+    """
+
+    def __init__(self, names: Iterable[str], parts: Iterable[str] = ()) -> None:
         """Makes the service, not serving yet.
 
         Args:
             names: Full names of the process's services.
+            parts: Names of parts, each of which serves once the process does and `set_ready` has
+                been called for it.
         """
-        self._names = frozenset({"", *names})
+        self._unready = set(parts)
+        self._names = frozenset({"", *names, *self._unready})
         self._serving = False
         self._draining = False
         self._changed = asyncio.Event()
@@ -42,6 +48,12 @@ class HealthService(health_pb2_grpc.HealthServicer):
             return
         self._serving = serving
         self._announce()
+
+    def set_ready(self, part: str) -> None:
+        """Says that a part is ready, for good."""
+        if part in self._unready:
+            self._unready.discard(part)
+            self._announce()
 
     def drain(self) -> None:
         """Says NOT_SERVING from now on and ends every Watch."""
@@ -56,7 +68,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def _status(self, name: str) -> int:
         if name not in self._names:
             return _SERVICE_UNKNOWN
-        return _SERVING if self._serving else _NOT_SERVING
+        return _SERVING if self._serving and name not in self._unready else _NOT_SERVING
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: _Context

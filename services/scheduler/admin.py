@@ -15,7 +15,7 @@ from services.common.errors import CommandTimeoutError, ErrorInfo, from_info
 from services.common.session_token import check_session_id
 from services.common.telemetry import traceparent_of
 from services.scheduler.convert import operators as convert
-from services.scheduler.convert.agents import to_phase
+from services.scheduler.convert.agents import to_phase, to_session
 from services.scheduler.convert.times import to_duration, to_timestamp
 from services.scheduler.coordinator import Coordinator
 from services.scheduler.domain import (
@@ -84,6 +84,25 @@ class AdminService(pb_grpc.AdminServiceServicer):
         """Drops a session to its tokens and waits for it."""
         result = await self._command(request.session_id, Drop(), context.time_remaining())
         return pb.DropSessionResponse(result=convert.to_result(result))
+
+    async def ExplainSession(
+        self, request: pb.ExplainSessionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ExplainSessionResponse:
+        """Says why a session's KV is where it is."""
+        del context
+        check_session_id(request.session_id)
+        coordinator = self._coordinator
+        session = coordinator.get_session(request.session_id, self._clock())
+        self._on_change()
+        found = coordinator.explain(session, self._clock())
+        costs, forecast = convert.to_explanation(found) if found else (None, None)
+        return pb.ExplainSessionResponse(
+            session=to_session(session, coordinator.dispatcher.endpoint(session)),
+            policy=coordinator.policy.name,
+            reason=session.reason,
+            costs=costs,
+            forecast=forecast,
+        )
 
     async def DrainWorker(
         self, request: pb.DrainWorkerRequest, context: grpc.aio.ServicerContext[Any, Any]

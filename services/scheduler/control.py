@@ -44,7 +44,7 @@ class ControlLink:
 
     def send(self, command: Command, caused_s: float | None) -> None:
         """Queues a command."""
-        self.push(convert.to_command(command), name_of(command.action), caused_s)
+        self.push(convert.to_command(command, self._clock()), name_of(command.action), caused_s)
 
     def push(self, message: control_pb.ConnectResponse, name: str, caused_s: float | None) -> None:
         """Queues a message; the writer takes it in the event loop's next turn."""
@@ -120,9 +120,9 @@ class ControlService(control_grpc.WorkerControlServiceServicer):
         config = self._coordinator.config
         link = ControlLink(self._clock, self._metrics)
         self._links.add(link)
-        link.push(
-            convert.to_welcome(self._coordinator.epoch, config.report_interval_s), "welcome", None
-        )
+        mode = self._coordinator.policy.worker_mode
+        welcome = convert.to_welcome(self._coordinator.epoch, config.report_interval_s, mode)
+        link.push(welcome, "welcome", None)
         worker = self._coordinator.workers.connected(hello, link, self._clock())
         _logger.info(
             "worker %s (%s) connected with %d sessions",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.common.errors import (
     DrainingError,
@@ -19,15 +19,17 @@ from services.common.errors import (
     UnknownSessionError,
 )
 from services.common.session_token import SessionToken
-from services.scheduler.admission import admit
+from services.scheduler.admission import ASSUMED_TOKENS, Admission, Applicant, Limits
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.domain import Action, Phase
-from services.scheduler.policy.base import Cause, Decision, Policy, PolicyOptions, make_policy
-from services.scheduler.predictor import Prediction, Predictor
+from services.scheduler.forecast import WakeForecast
+from services.scheduler.policy.base import Cause, Decision, Policy, make_policy
+from services.scheduler.policy.explanation import Explanation
+from services.scheduler.predictor import Predictor
 from services.scheduler.reconciler import OnDone, Reconciler
 from services.scheduler.registry import Registry, WorkerState
-from services.scheduler.session import Session, Signal, Transition, closed_error
+from services.scheduler.session import Session, Signal, Transition
 from services.scheduler.store import SessionStore
 from services.scheduler.timers import Timers
 from services.scheduler.worker_events import WorkerEvents, from_token
@@ -64,14 +66,14 @@ class SignalOutcome:
     Attributes:
         endpoint: Where the next Generate goes; empty: no worker is connected.
         decision: What the policy said; None: it was not asked.
-        prediction: How long the tool call is expected to take; None: not IO_WAIT, or no idea.
+        forecast: When the tool call is expected to end; None: not IO_WAIT, or no idea.
     """
 
     session: Session
     transition: Transition
     endpoint: str
     decision: Decision | None = None
-    prediction: Prediction | None = None
+    forecast: WakeForecast | None = None
 
 
 class Coordinator:
@@ -95,10 +97,15 @@ class Coordinator:
         self.config = config
         self.epoch = epoch or uuid.uuid4().hex
         self.start_s = start_s
-        options = PolicyOptions(idle_threshold_s=config.idle_threshold_s)
+        options = replace(config.policy_options, idle_threshold_s=config.idle_threshold_s)
         self.policy = policy or make_policy(config.policy, options)
         self.predictor = Predictor()
-        self.store = SessionStore(config.closed_sessions_kept, config.closed_session_ttl_s)
+        self.store = SessionStore(
+            config.closed_sessions_kept,
+            config.closed_session_ttl_s,
+            config.session_ttl_s,
+            start_s,
+        )
         self.registry = Registry()
         self.reconciler = Reconciler(
             self.epoch[:12], config.command_timeout_s, config.command_attempts
@@ -111,7 +118,11 @@ class Coordinator:
             start_s=start_s,
             worker_grace_s=config.worker_grace_s,
         )
-        self.workers = WorkerEvents(self.dispatcher)
+        self.workers = WorkerEvents(self.dispatcher, self.predictor)
+        limits = Limits(
+            config.max_sessions, config.tenant_quotas, config.max_queued, config.priority_aging_s
+        )
+        self.admission = Admission(limits, self.store.__len__, self.store.count_tenant)
         self.draining = False
         self._clock = Timers()
         self._clock.set(_TICK, start_s + config.tick_interval_s)
@@ -140,10 +151,10 @@ class Coordinator:
             self.dispatcher.ensure_placed(session, now_s)
             return session
         if self.store.is_closed(session_id):
-            raise closed_error(session_id)
+            raise self.store.closed_error(session_id)
         if self.draining:
             raise DrainingError("the scheduler is about to stop", retry_after_s=1.0)
-        admit(self.dispatcher.system, self.config.max_sessions)
+        self._admit(session_id, request, now_s)
         session = Session(
             session_id=session_id,
             tenant_id=request.tenant_id,
@@ -156,7 +167,19 @@ class Coordinator:
         )
         self.dispatcher.place(session, now_s, request.expected_tokens)
         self.store.add(session)
+        self._expect_prompt(session, request.expected_tokens, now_s)
         return session
+
+    def _admit(self, session_id: str, request: OpenRequest, now_s: float) -> None:
+        serving = self.dispatcher.candidates(request.model)
+        applicant = Applicant(
+            session_id,
+            request.tenant_id,
+            request.priority,
+            request.model,
+            request.expected_tokens,
+        )
+        self.admission.admit(applicant, [self.policy.room(worker) for worker in serving], now_s)
 
     def signal(
         self,
@@ -184,6 +207,7 @@ class Coordinator:
             UnknownSessionError: It is not known and there is no token.
         """
         session = self._find(session_id, token, now_s)
+        forecast, prefetched = session.forecast, session.prefetched
         transition = self.store.apply(session, signal, now_s)
         self.dispatcher.ensure_placed(session, now_s)
         endpoint = self.dispatcher.endpoint(session)
@@ -191,34 +215,55 @@ class Coordinator:
             return SignalOutcome(session, transition, endpoint)
         session.failures = 0
         if transition.waited is not None:
-            self.predictor.learn(transition.waited)
-        prediction = None
+            self.predictor.learn(transition.waited, forecast, session.pace)
         if session.phase is Phase.IO_WAIT:
-            prediction = self.predictor.predict(session.tool_name, session.expected_s)
-            if prediction is not None:
-                session.expected_wake_s = now_s + prediction.median_s
-                session.early_wake_s = now_s + prediction.early_s
-        if not self.policy.uses_signals:
-            return SignalOutcome(session, transition, endpoint, None, prediction)
-        decision = self.dispatcher.decide(
-            session,
-            Cause.SIGNAL,
-            now_s,
-            traceparent=traceparent,
-            caused_s=now_s if received_s is None else received_s,
-        )
-        return SignalOutcome(session, transition, endpoint, decision, prediction)
+            session.forecast = self._predict(session)
+            if session.forecast is not None:
+                session.expected_wake_s = session.forecast.wake_s(0.5, now_s)
+        else:
+            self._wakes(session, prefetched, now_s)
+        decision = None
+        if self.policy.uses_signals:
+            decision = self.dispatcher.decide(
+                session,
+                Cause.SIGNAL,
+                now_s,
+                traceparent=traceparent,
+                caused_s=now_s if received_s is None else received_s,
+            )
+        return SignalOutcome(session, transition, endpoint, decision, session.forecast)
 
-    def close_session(self, session_id: str, now_s: float) -> None:
+    def _predict(self, session: Session) -> WakeForecast | None:
+        """Returns when the tool call that a session waits for ends, from all that is known now."""
+        return self.predictor.predict(
+            session.tool_name, session.expected_s, session.phase_since_s, session.pace
+        )
+
+    def _wakes(self, session: Session, prefetched: bool, now_s: float) -> None:
+        """Takes in that a session is about to compute."""
+        if prefetched:
+            self.dispatcher.whereabouts.woke(session)
+        # The last token of a generation never has KV: that is no prompt.
+        if session.kv.missing_tokens > 1:
+            self._expect_prompt(session, session.kv.missing_tokens, now_s)
+
+    def _expect_prompt(self, session: Session, tokens: int, now_s: float) -> None:
+        """Notes that a session's worker will have a prompt to compute; 0 tokens: unknown length."""
+        worker = self.registry.connected(session.worker_id)
+        if worker is not None:
+            worker.prompts.begin(session.session_id, tokens or ASSUMED_TOKENS, now_s)
+            self.registry.changed(worker)
+
+    def close_session(self, session_id: str, now_s: float, *, expired: bool = False) -> None:
         """Ends a session; one that is not known is remembered as ended all the same."""
-        session = self.store.close(session_id, now_s)
+        session = self.store.close(session_id, now_s, expired=expired)
         if session is None:
             return
-        self.dispatcher.reviews.cancel(session_id)
         worker = self.registry.connected(session.worker_id)
         if worker is not None:
             self.dispatcher.send_close(worker, session_id, now_s)
         self.dispatcher.unplace(session)
+        self.dispatcher.forget(session_id)
 
     def get_session(self, session_id: str, now_s: float) -> Session:
         """Returns a session, after placing it anew if its worker is lost.
@@ -281,6 +326,11 @@ class Coordinator:
             )
         return command.command_id
 
+    def explain(self, session: Session, now_s: float) -> Explanation | None:
+        """Returns the numbers behind what is done about a session; None: there are none."""
+        view = self.dispatcher.view(session)
+        return self.policy.explain(view, self.dispatcher.system, now_s)
+
     def drain_worker(self, worker_id: str, drained: bool) -> WorkerState:
         """Stops placing sessions on a worker, or starts again.
 
@@ -308,6 +358,9 @@ class Coordinator:
         for session_id in self.dispatcher.reviews.take_due(now_s):
             session = self.store.get(session_id)
             if session is not None:
+                if session.phase is Phase.IO_WAIT:
+                    # Others' calls have ended meanwhile.
+                    session.forecast = self._predict(session)
                 self.dispatcher.decide(session, Cause.REVIEW, now_s)
         overdue = self.reconciler.overdue(now_s)
         for entry in overdue.again:
@@ -321,10 +374,8 @@ class Coordinator:
             self._clock.set(_TICK, now_s + self.config.tick_interval_s)
 
     def _tick(self, now_s: float) -> None:
-        for wanted in self.policy.on_tick(self.dispatcher.system, now_s):
-            session = self.store.get(wanted.session_id)
-            if session is not None:
-                self.dispatcher.send(session, wanted.action, now_s)
+        for worker_id in self.dispatcher.whereabouts.wanting.workers():
+            self.dispatcher.fill(worker_id, now_s)
         silent_s = now_s - self.config.worker_silence_s
         for worker in list(self.registry):
             if worker.link is not None and worker.heard_s < silent_s:
@@ -332,6 +383,9 @@ class Coordinator:
                 link = worker.link
                 self.workers.lost(worker.hello.worker_id, link, now_s)
                 link.close(f"nothing was heard for {self.config.worker_silence_s:g} s")
+        for expired in self.store.take_expired(now_s):
+            _logger.info("session %s has expired", expired.session_id)
+            self.close_session(expired.session_id, now_s, expired=True)
         self.registry.forget_lost(now_s - _FORGET_WORKER_S)
         self.store.forget_closed(now_s)
 
@@ -340,7 +394,7 @@ class Coordinator:
         if session is not None:
             return session
         if self.store.is_closed(session_id):
-            raise closed_error(session_id)
+            raise self.store.closed_error(session_id)
         if not token:
             raise UnknownSessionError.of(session_id)
         told = SessionToken.decode(token)

@@ -6,7 +6,7 @@ Shared by the two sides that things happen on: clients' (`coordinator`) and work
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from services.common.errors import NoWorkerError, UnsupportedError
 from services.scheduler import record
@@ -22,14 +22,15 @@ from services.scheduler.domain import (
     Prefetch,
     name_of,
 )
-from services.scheduler.placement import expected_blocks, place
-from services.scheduler.policy.base import Cause, Decision, Policy
-from services.scheduler.policy.view import SessionView, SystemView
+from services.scheduler.placement import candidates, expected_blocks, roomiest
+from services.scheduler.policy.base import Cause, Decision, Policy, PolicyCommand
+from services.scheduler.policy.view import SessionView, SystemView, WorkerView
 from services.scheduler.reconciler import OnDone, Reconciler
 from services.scheduler.registry import Registry, WorkerState
 from services.scheduler.session import Session
 from services.scheduler.store import SessionStore
 from services.scheduler.timers import Timers
+from services.scheduler.whereabouts import Whereabouts
 
 # What must not be done to a session that has moved on since it was decided. To restore one that
 # has is harmless, and to refuse it would cost a wake.
@@ -46,6 +47,11 @@ class Dispatcher:
         policy: What decides.
         start_s: When this scheduler started.
         worker_grace_s: How long a session waits for its own worker before another may take it.
+
+    Attributes:
+        reviews: When to ask about which session again.
+        whereabouts: Who is away, and who is wanted back.
+        system: All of it as a policy sees it.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Dispatcher:
         self.reconciler = reconciler
         self.policy = policy
         self.reviews = Timers()
+        self.whereabouts = Whereabouts(registry)
         self._start_s = start_s
         self._worker_grace_s = worker_grace_s
         self.system = SystemView(registry.views, _SessionViews(self))
@@ -94,15 +101,48 @@ class Dispatcher:
         traceparent = traceparent or session.deferred_trace
         decision = self.policy.decide(cause, self.view(session), self.system, now_s)
         session.deferred_trace = traceparent if decision.deferred else ""
+        session.reason = decision.reason or session.reason
         if decision.review_at_s is None:
             self.reviews.cancel(session.session_id)
         else:
             self.reviews.set(session.session_id, decision.review_at_s)
-        for wanted in decision.commands:
-            about = self.store.get(wanted.session_id)
-            if about is not None:
-                self.send(about, wanted.action, now_s, traceparent=traceparent, caused_s=caused_s)
+        self._carry_out(decision.commands, now_s, traceparent, caused_s)
+        if decision.wants_prefetch:
+            self.whereabouts.want(session)
+            self.fill(session.worker_id, now_s)
+        else:
+            self.whereabouts.wanting.remove(session.session_id)
         return decision
+
+    def fill(self, worker_id: str, now_s: float) -> None:
+        """Brings back to a worker what waits for that and finds room."""
+        worker = self.registry.views.get(worker_id)
+        if worker is not None:
+            self._carry_out(self.policy.fill(worker, self.system), now_s)
+
+    def relieve(self, worker_id: str, now_s: float) -> None:
+        """Has the policy look at a worker that has reported how full it is."""
+        worker = self.registry.views.get(worker_id)
+        if worker is not None:
+            self._carry_out(self.policy.relieve(worker, self.system, now_s), now_s)
+
+    def _carry_out(
+        self,
+        commands: Iterable[PolicyCommand],
+        now_s: float,
+        traceparent: str = "",
+        caused_s: float | None = None,
+    ) -> None:
+        for wanted in commands:
+            session = self.store.get(wanted.session_id)
+            if session is not None:
+                session.reason = wanted.reason
+                self.send(session, wanted.action, now_s, traceparent=traceparent, caused_s=caused_s)
+
+    def forget(self, session_id: str) -> None:
+        """Forgets all that is planned for a session."""
+        self.reviews.cancel(session_id)
+        self.whereabouts.forget(session_id)
 
     def view(self, session: Session) -> SessionView:
         """Returns a session as a policy sees it."""
@@ -116,7 +156,6 @@ class Dispatcher:
             phase_since_s=session.phase_since_s,
             tool_name=session.tool_name,
             expected_wake_s=session.expected_wake_s,
-            early_wake_s=session.early_wake_s,
             worker_id=session.worker_id,
             connected=worker is not None and session.known,
             generating=session.generating,
@@ -125,6 +164,9 @@ class Dispatcher:
             moving=name_of(move.command.action) if move else "",
             kv=session.kv,
             failures=session.failures,
+            forecast=session.forecast,
+            evicted_s=session.evicted_s,
+            prefetched=session.prefetched,
         )
 
     # --- commands ---
@@ -159,6 +201,7 @@ class Dispatcher:
         worker = self.registry.connected(session.worker_id)
         if worker is None:
             return None
+        self.whereabouts.commanded(session, worker, action, now_s)
         guard = guarded and isinstance(action, _GUARDED)
         command = self.reconciler.begin(
             session.worker_id,
@@ -203,20 +246,32 @@ class Dispatcher:
             # Its place is kept: its own worker may be the first to come back.
             return
 
+    def candidates(self, model: str) -> list[WorkerView]:
+        """Returns the workers on which a session could be placed.
+
+        Args:
+            model: The model wanted; empty: any.
+
+        Raises:
+            NoWorkerError: There is none now.
+            UnsupportedError: None of those connected serves the model.
+        """
+        lost_models = {w.hello.model.model for w in self.registry if w.link is None}
+        return candidates(self.registry.views.values(), model, lost_models=lost_models)
+
     def place(self, session: Session, now_s: float, expected_tokens: int = 0) -> None:
         """Places a session on the worker with the most room and tells that worker.
+
+        Of several, one that the policy has room on is taken.
 
         Raises:
             NoWorkerError: There is none now.
             UnsupportedError: None of those connected serves the session's model.
         """
         tokens = expected_tokens or session.context_length
-        chosen = place(
-            self.registry.views.values(),
-            session.model,
-            tokens,
-            lost_models={w.hello.model.model for w in self.registry if w.link is None},
-        )
+        serving = self.candidates(session.model)
+        roomy = [worker for worker in serving if self.policy.room(worker).sessions >= 1]
+        chosen = roomiest(roomy or serving, tokens)
         worker = self.registry.require(chosen.worker_id)
         self.move(session, worker, expected_blocks(chosen, tokens))
         self._make_known(session, now_s)
@@ -234,6 +289,7 @@ class Dispatcher:
             self.reconciler.supersede(session.move_id)
         if session.worker_id:
             self.registry.unassign(session.worker_id, session.session_id)
+        self.forget(session.session_id)
         session.forget_place()
         session.worker_id = ""
 
@@ -272,6 +328,24 @@ class _SessionViews:
 
     def count(self, phase: Phase) -> int:
         return self._dispatcher.store.count(phase)
+
+    def away(self, worker_id: str) -> Iterator[SessionView]:
+        return self._views(self._dispatcher.whereabouts.away.furthest(worker_id))
+
+    def wanting(self, worker_id: str) -> Iterator[SessionView]:
+        return self._views(self._dispatcher.whereabouts.wanting.nearest(worker_id))
+
+    def middle_wake_s(self, worker_id: str) -> float | None:
+        return self._dispatcher.whereabouts.away.middle_s(worker_id)
+
+    def prefetching(self, worker_id: str) -> int:
+        return self._dispatcher.reconciler.prefetching(worker_id)
+
+    def _views(self, session_ids: Iterable[str]) -> Iterator[SessionView]:
+        for session_id in session_ids:
+            session = self._dispatcher.store.get(session_id)
+            if session is not None:
+                yield self._dispatcher.view(session)
 
 
 def _transmit(worker: WorkerState, command: Command, caused_s: float | None) -> None:

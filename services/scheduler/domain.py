@@ -154,6 +154,21 @@ class Hello:
     draining: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerMode:
+    """How a worker is to serve; the fields of `djinn.v1.WorkerMode`.
+
+    Attributes:
+        write_through: Blocks are copied to the host as soon as they are full.
+        offload: What is evicted keeps a copy on the host; false: it is forgotten and recomputed.
+        share_prefixes: Sessions share the blocks of equal prefixes.
+    """
+
+    write_through: bool = True
+    offload: bool = True
+    share_prefixes: bool = True
+
+
 class EvictMode(IntEnum):
     """How thoroughly an eviction lets blocks go; the numbers of `djinn.v1.EvictMode`."""
 

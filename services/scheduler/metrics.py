@@ -125,6 +125,11 @@ class SystemCollector(Collector):
         for phase in LIVE_PHASES:
             sessions.add_metric([phase.name], coordinator.store.count(phase))
         yield sessions
+        yield CounterMetricFamily(
+            "djinn_scheduler_sessions_expired",
+            "Sessions closed because there was no sign of their client for too long.",
+            value=coordinator.store.expired,
+        )
         yield GaugeMetricFamily(
             "djinn_scheduler_commands_in_flight",
             "Commands sent to workers that have not ended.",
@@ -154,6 +159,9 @@ class SystemCollector(Collector):
                     blocks.add_metric([worker_id, name, state], getattr(pool, state))
         yield placed
         yield blocks
+        yield from _predictions(coordinator)
+        yield from _prefetches(coordinator)
+        yield from _admission(coordinator)
         totals = coordinator.registry.totals()
         for column in fields(Counters):
             yield CounterMetricFamily(
@@ -161,6 +169,69 @@ class SystemCollector(Collector):
                 f"Of all workers, lost ones included: {column.name.replace('_', ' ')}.",
                 value=getattr(totals, column.name),
             )
+
+
+def _predictions(coordinator: Coordinator) -> Iterator[Metric]:
+    quality = coordinator.predictor.quality
+    wakes = CounterMetricFamily(
+        "djinn_scheduler_predicted_wakes",
+        "Wakes by what their prediction rested on; none: there was no prediction.",
+        labels=["source"],
+    )
+    wakes.add_metric(["none"], quality.unpredicted)
+    error = GaugeMetricFamily(
+        "djinn_scheduler_prediction_error_seconds",
+        "Median absolute error of the median predicted, of late.",
+        labels=["source"],
+    )
+    coverage = GaugeMetricFamily(
+        "djinn_scheduler_prediction_coverage",
+        "Share of wakes between the first and the ninth decile predicted, of late; 0.8 is right.",
+        labels=["source"],
+    )
+    pinball = GaugeMetricFamily(
+        "djinn_scheduler_prediction_pinball_seconds",
+        "Mean pinball loss of deciles 1, 5 and 9, of late.",
+        labels=["source"],
+    )
+    for source, found in quality.by_source().items():
+        wakes.add_metric([source.value], found.wakes)
+        error.add_metric([source.value], found.median_error_s)
+        coverage.add_metric([source.value], found.coverage)
+        pinball.add_metric([source.value], found.pinball_s)
+    yield from (wakes, error, coverage, pinball)
+
+
+def _prefetches(coordinator: Coordinator) -> Iterator[Metric]:
+    tally = coordinator.dispatcher.whereabouts.prefetches
+    counts = CounterMetricFamily(
+        "djinn_scheduler_prefetches",
+        "Prefetches by outcome; of those sent, the ones that are none of the others still wait.",
+        labels=["outcome"],
+    )
+    for outcome in ("sent", "refused", "hits", "wasted"):
+        counts.add_metric([outcome], getattr(tally, outcome))
+    yield counts
+    yield CounterMetricFamily(
+        "djinn_scheduler_prefetched_bytes",
+        "Bytes that prefetches moved to the device.",
+        value=tally.loaded_bytes,
+    )
+
+
+def _admission(coordinator: Coordinator) -> Iterator[Metric]:
+    admission = coordinator.admission
+    yield GaugeMetricFamily(
+        "djinn_scheduler_admission_queue",
+        "Refused OpenSessions whose place in the queue is kept.",
+        value=len(admission),
+    )
+    counts = CounterMetricFamily(
+        "djinn_scheduler_admissions", "OpenSessions by outcome.", labels=["outcome"]
+    )
+    counts.add_metric(["admitted"], admission.admitted)
+    counts.add_metric(["refused"], admission.refused)
+    yield counts
 
 
 def vmu(coordinator: Coordinator, now_s: float) -> dict[str, object]:
@@ -189,6 +260,16 @@ def vmu(coordinator: Coordinator, now_s: float) -> dict[str, object]:
             "drops": totals.drops,
             "resident_hit_blocks": totals.resident_hit_blocks,
             "commands_in_flight": len(coordinator.reconciler),
+            "predictions": {
+                source.value: asdict(found)
+                for source, found in coordinator.predictor.quality.by_source().items()
+            },
+            "prefetch_outcomes": asdict(coordinator.dispatcher.whereabouts.prefetches),
+            "admission": {
+                "queued": len(coordinator.admission),
+                "admitted": coordinator.admission.admitted,
+                "refused": coordinator.admission.refused,
+            },
         },
         "counters": asdict(totals),
         "workers": [_worker(worker) for worker in connected],

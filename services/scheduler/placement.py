@@ -8,23 +8,18 @@ from services.common.errors import NoWorkerError, UnsupportedError
 from services.scheduler.policy.view import WorkerView
 
 
-def place(
-    workers: Iterable[WorkerView],
-    model: str,
-    expected_tokens: int = 0,
-    *,
-    lost_models: Collection[str] = (),
-) -> WorkerView:
-    """Chooses the worker with the most free capacity.
+def candidates(
+    workers: Iterable[WorkerView], model: str, *, lost_models: Collection[str] = ()
+) -> list[WorkerView]:
+    """Returns the workers on which a session may be placed.
 
     Args:
         workers: All that are connected.
         model: The model wanted; empty: any.
-        expected_tokens: Tokens the session is expected to hold; 0: unknown.
         lost_models: Models of workers that were connected and may come back.
 
     Returns:
-        The worker. Of equals, the one with the fewest sessions, then the first by id.
+        One or more.
 
     Raises:
         NoWorkerError: None is connected, or those that serve the model are lost or draining.
@@ -43,7 +38,19 @@ def place(
     ready = [worker for worker in serving if not worker.draining]
     if not ready:
         raise no_worker(f"all {len(serving)} workers that could serve this are draining")
-    return min(ready, key=lambda worker: _rank(worker, expected_tokens))
+    return ready
+
+
+def roomiest(workers: Iterable[WorkerView], expected_tokens: int = 0) -> WorkerView:
+    """Returns the worker with the most free capacity.
+
+    Of equals, the one with the fewest sessions, then the first by id.
+
+    Args:
+        workers: One or more.
+        expected_tokens: Tokens the session is expected to hold; 0: unknown.
+    """
+    return min(workers, key=lambda worker: _rank(worker, expected_tokens))
 
 
 def expected_blocks(worker: WorkerView, expected_tokens: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from services.scheduler.domain import MOVES, Action, Close, Command, CommandResult
+from services.scheduler.domain import MOVES, Action, Close, Command, CommandResult, Prefetch
 from services.scheduler.timers import Timers
 
 OnDone = Callable[[CommandResult], None]
@@ -60,6 +60,7 @@ class Reconciler:
         self._commands: dict[str, InFlight] = {}
         self._by_worker: dict[str, dict[str, None]] = {}
         self._closing: dict[tuple[str, str], int] = {}
+        self._prefetching: dict[str, int] = {}
         self._timers = Timers()
 
     def __len__(self) -> int:
@@ -98,6 +99,8 @@ class Reconciler:
         if isinstance(action, Close):
             place = (worker_id, session_id)
             self._closing[place] = self._closing.get(place, 0) + 1
+        if isinstance(action, Prefetch):
+            self._prefetching[worker_id] = self._prefetching.get(worker_id, 0) + 1
         self._timers.set(command.command_id, deadline_s)
         return command
 
@@ -122,6 +125,8 @@ class Reconciler:
             self._closing[place] -= 1
             if not self._closing[place]:
                 del self._closing[place]
+        if isinstance(entry.command.action, Prefetch):
+            self._prefetching[entry.worker_id] -= 1
         ids = self._by_worker[entry.worker_id]
         del ids[result.command_id]
         if not ids:
@@ -133,6 +138,10 @@ class Reconciler:
     def is_closing(self, worker_id: str, session_id: str) -> bool:
         """Returns whether a Close of a session is on its way to a worker."""
         return (worker_id, session_id) in self._closing
+
+    def prefetching(self, worker_id: str) -> int:
+        """Returns how many of a worker's prefetches are in flight."""
+        return self._prefetching.get(worker_id, 0)
 
     def of_worker(self, worker_id: str) -> list[InFlight]:
         """Returns a worker's commands in flight, in the order they were first sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,6 +10,10 @@ from typing import Protocol
 from services.common.errors import UnknownWorkerError
 from services.scheduler.domain import Command, Counters, Hello, PoolState, Report
 from services.scheduler.policy.view import WorkerView
+from services.scheduler.prompts import Prompts
+
+_RECOMPUTE_MEMORY_S = 5.0
+_SPEED_MEMORY_S = 600.0
 
 
 class Link(Protocol):
@@ -37,6 +42,14 @@ class WorkerState:
         drained: An operator asked that nothing be placed on it.
         sessions: Ids of the sessions placed on it.
         unreported_blocks: Blocks that sessions placed since the last report are expected to need.
+        prefetched_blocks: Blocks asked for by prefetches since then.
+        prefetch_refused: A prefetch was refused since then.
+        dropped_blocks: Host blocks of sessions dropped since then.
+        opened: Sessions placed since then.
+        full_s: When it last reported that no device block was free; None: never.
+        recompute_share: Share of its time that went to prefilling lost KV again, of late.
+        prefill_tokens_per_s: How fast it computes long prompts; 0: not measured.
+        prompts: Prompts that it has to compute.
         heard_s: When its last message came.
         reported_s: When its last report came; meaningless without one.
         lost_s: When its stream ended; meaningless while connected.
@@ -48,6 +61,14 @@ class WorkerState:
     drained: bool = False
     sessions: set[str] = field(default_factory=set)
     unreported_blocks: int = 0
+    prefetched_blocks: int = 0
+    prefetch_refused: bool = False
+    dropped_blocks: int = 0
+    opened: int = 0
+    full_s: float | None = None
+    recompute_share: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    prompts: Prompts = field(default_factory=Prompts)
     heard_s: float = 0.0
     reported_s: float = 0.0
     lost_s: float = 0.0
@@ -78,10 +99,61 @@ class WorkerState:
             waiting_requests=report.waiting_requests,
             mean_step_s=report.mean_step_s,
             load_bytes_per_s=report.load_bytes_per_s,
-            prefill_tokens_per_s=report.prefill_tokens_per_s,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
             loads_in_flight=report.loads_in_flight,
             stores_in_flight=report.stores_in_flight,
+            max_running_sequences=hello.capacity.max_running_sequences,
+            max_context_length=hello.model.max_context_length,
+            full_s=self.full_s,
+            prefetched_blocks=self.prefetched_blocks,
+            prefetch_refused=self.prefetch_refused,
+            dropped_blocks=self.dropped_blocks,
+            opened=self.opened,
+            prompt_tokens=self.prompts.tokens,
+            recompute_share=self.recompute_share,
         )
+
+    def take(self, report: Report) -> None:
+        """Takes in a report that has come at `heard_s`; what was counted since the last is over."""
+        before, before_s = self.report, self.reported_s
+        self.report = report
+        self.reported_s = self.heard_s
+        self._start_count()
+        # The last percent hardly ever is free at the moment of a report.
+        if report.device.free <= report.device.total // 100:
+            self.full_s = self.heard_s
+        self.prompts.expire(self.heard_s)
+        if before is None:
+            self.prefill_tokens_per_s = report.prefill_tokens_per_s
+            return
+        self.prompts.computed(report.counters.prefilled_tokens - before.counters.prefilled_tokens)
+        passed_s = self.heard_s - before_s
+        # What a worker reports is slowed by the short prompts of late, of which a step takes few:
+        # the best of late is how fast long ones go.
+        faded = self.prefill_tokens_per_s * math.exp(-max(0.0, passed_s) / _SPEED_MEMORY_S)
+        self.prefill_tokens_per_s = max(report.prefill_tokens_per_s, faded)
+        if passed_s <= 0 or not self.prefill_tokens_per_s:
+            return
+        again = report.counters.recomputed_tokens - before.counters.recomputed_tokens
+        share = min(1.0, again / self.prefill_tokens_per_s / passed_s)
+        kept = math.exp(-passed_s / _RECOMPUTE_MEMORY_S)
+        self.recompute_share = kept * self.recompute_share + (1.0 - kept) * share
+
+    def restart(self) -> None:
+        """Takes in that another process answers to its name, which has reported nothing."""
+        self.report = None
+        self.full_s = None
+        self.recompute_share = 0.0
+        self.prefill_tokens_per_s = 0.0
+        self.prompts = Prompts()
+        self._start_count()
+
+    def _start_count(self) -> None:
+        self.unreported_blocks = 0
+        self.prefetched_blocks = 0
+        self.prefetch_refused = False
+        self.dropped_blocks = 0
+        self.opened = 0
 
 
 class Registry:
@@ -149,8 +221,7 @@ class Registry:
         same = worker.hello.incarnation_id == hello.incarnation_id
         if not same:
             self._bank(worker)
-            worker.report = None
-            worker.unreported_blocks = 0
+            worker.restart()
         worker.hello = lean
         worker.link = link
         worker.heard_s = now_s
@@ -173,15 +244,15 @@ class Registry:
 
     def report(self, worker: WorkerState, report: Report) -> None:
         """Takes in a worker's report."""
-        worker.report = report
         # Whoever takes in a message has noted before when it came.
-        worker.reported_s = worker.heard_s
-        worker.unreported_blocks = 0
+        worker.take(report)
         self.changed(worker)
 
     def assign(self, worker: WorkerState, session_id: str, blocks: int = 0) -> None:
         """Notes that a session is placed on a worker and is expected to need some blocks."""
-        worker.sessions.add(session_id)
+        if session_id not in worker.sessions:
+            worker.sessions.add(session_id)
+            worker.opened += 1
         worker.unreported_blocks += blocks
         self.changed(worker)
 
@@ -190,6 +261,7 @@ class Registry:
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.sessions.discard(session_id)
+            worker.prompts.end(session_id)
             self.changed(worker)
 
     def changed(self, worker: WorkerState) -> None:

@@ -28,7 +28,7 @@ from services.scheduler.convert import agents as convert
 from services.scheduler.coordinator import Coordinator, OpenRequest, SignalOutcome
 from services.scheduler.domain import name_of
 from services.scheduler.metrics import Metrics
-from services.scheduler.session import Session
+from services.scheduler.session import ClientStream, Session
 
 add_to_server = pb_grpc.add_AgentServiceServicer_to_server
 
@@ -99,6 +99,7 @@ class AgentService(pb_grpc.AgentServiceServicer):
         wanted = convert.open_request(request)
         with self._tracer.start_as_current_span("open_session") as span:
             session = await self._open(wanted, context.time_remaining())
+            session.heard_s = self._clock()
             span.set_attribute("gen_ai.conversation.id", session.session_id)
             span.set_attribute("djinn.worker.id", session.worker_id)
         self._on_change()
@@ -113,7 +114,7 @@ class AgentService(pb_grpc.AgentServiceServicer):
     ) -> pb.SignalPhaseResponse:
         """Takes one signal in."""
         del context
-        return self._signal(request, None)
+        return self._signal(request, None, None)
 
     async def StreamPhases(
         self,
@@ -125,15 +126,17 @@ class AgentService(pb_grpc.AgentServiceServicer):
         task = asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"
         self._streams.add(task)
+        stream = ClientStream()
         try:
             async for request in request_iterator:
-                yield self._answer(request)
+                yield self._answer(request, stream)
         except asyncio.CancelledError:
             if not self._coordinator.draining:
                 raise
             task.uncancel()
             raise DrainingError("the scheduler is about to stop", retry_after_s=1.0) from None
         finally:
+            stream.ended_s = self._clock()
             self._streams.discard(task)
 
     async def CloseSession(
@@ -181,13 +184,15 @@ class AgentService(pb_grpc.AgentServiceServicer):
         for task in list(self._streams):
             task.cancel()
 
-    def _answer(self, request: pb.StreamPhasesRequest) -> pb.StreamPhasesResponse:
+    def _answer(
+        self, request: pb.StreamPhasesRequest, stream: ClientStream
+    ) -> pb.StreamPhasesResponse:
         signal = request.signal
         response = pb.StreamPhasesResponse(session_id=signal.session_id, sequence=signal.sequence)
         told = request.traceparent
         parent = context_from_traceparent(told) if told else None
         try:
-            response.response.CopyFrom(self._signal(signal, parent))
+            response.response.CopyFrom(self._signal(signal, parent, stream))
         except DjinnError as error:
             response.error.CopyFrom(status_from_error(error))
         return response
@@ -212,7 +217,10 @@ class AgentService(pb_grpc.AgentServiceServicer):
             await self._arrivals.wait(give_up_s - now_s)
 
     def _signal(
-        self, request: pb.SignalPhaseRequest, parent: Context | None
+        self,
+        request: pb.SignalPhaseRequest,
+        parent: Context | None,
+        stream: ClientStream | None,
     ) -> pb.SignalPhaseResponse:
         received_s = self._clock()
         with self._tracer.start_as_current_span(
@@ -225,6 +233,8 @@ class AgentService(pb_grpc.AgentServiceServicer):
                 self._metrics.signal_refused(error.reason)
                 span.set_attribute("error.type", error.reason)
                 raise
+            if stream is not None:
+                outcome.session.stream = stream
             phase = outcome.session.phase
             span.set_attribute("djinn.phase", phase.name)
             span.set_attribute("djinn.signal.ignored", not outcome.transition.applied)
@@ -253,7 +263,11 @@ class AgentService(pb_grpc.AgentServiceServicer):
         return outcome
 
     def _message(self, session: Session) -> Any:
-        return convert.to_session(session, self._coordinator.dispatcher.endpoint(session))
+        return convert.to_session(
+            session,
+            self._coordinator.dispatcher.endpoint(session),
+            self._coordinator.store.expire_s(session),
+        )
 
 
 def _attributes(outcome: SignalOutcome, policy: str) -> dict[str, str | float]:
@@ -267,9 +281,11 @@ def _attributes(outcome: SignalOutcome, policy: str) -> dict[str, str | float]:
     if decision is not None:
         attributes["djinn.decision"] = ",".join(name_of(c.action) for c in decision.commands)
         attributes["djinn.decision.reason"] = decision.reason
-    if outcome.prediction is not None:
-        attributes["djinn.expected_wait_seconds"] = outcome.prediction.median_s
-        attributes["djinn.expected_wait_source"] = outcome.prediction.source.value
+        if decision.explanation is not None:
+            attributes.update(decision.explanation.attributes())
+    if outcome.forecast is not None:
+        attributes["djinn.expected_wait_seconds"] = outcome.forecast.median_s
+        attributes["djinn.expected_wait_source"] = outcome.forecast.source.value
     if outcome.transition.waited is not None:
         attributes["djinn.waited_seconds"] = outcome.transition.waited.duration_s
     return attributes

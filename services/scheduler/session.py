@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from services.common.errors import SessionClosedError
 from services.scheduler.domain import NO_KV, Phase, Residency, SessionSnapshot
+from services.scheduler.forecast import WakeForecast
+from services.scheduler.pace import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,17 @@ class Transition:
     waited: Waited | None = None
 
 
+@dataclass(slots=True, eq=False)
+class ClientStream:
+    """A client's stream of phase signals.
+
+    Attributes:
+        ended_s: When it ended; None: it is open, so the client is there.
+    """
+
+    ended_s: float | None = None
+
+
 @dataclass(slots=True)
 class Session:
     """One session; its phase, its place and what its worker last said of it.
@@ -67,10 +80,15 @@ class Session:
         sequence: Of the signal that set `phase`; 0 before the first.
         phase_since_s: When `phase` was entered.
         signalled_s: When the last signal that was applied came; that of the opening before it.
+        heard_s: When its client last spoke of it: also by a signal that was ignored.
+        stream: The stream that its client signals on; None: it has used none.
         tool_name: The tool waited for; empty outside IO_WAIT.
         expected_s: The client's estimate for it; None: it gave none.
-        expected_wake_s: When COMPUTE is expected, as a median; None: not waiting, or no idea.
-        early_wake_s: When one in ten such sessions wakes; None: as above.
+        expected_wake_s: When it is expected to wake, as its worker was last told; None: not
+            waiting, or no idea.
+        forecast: The whole distribution of that; None: as above, or it was lost with the scheduler
+            that made it.
+        pace: How its tool calls differ from others'.
         worker_id: Where it is placed; empty: nowhere.
         known: That worker, as it runs now, is known to hold the session.
         opening: An Open is on its way to that worker.
@@ -82,6 +100,9 @@ class Session:
         move_id: Id of the command in flight that moves its KV; empty: none.
         deferred_trace: Trace context of a signal whose command cannot be sent yet.
         failures: Times in a row that a move has failed.
+        evicted_s: When its device blocks were let go; None: they are held, or it is not known.
+        prefetched: It was brought back ahead of its wake since it last ran or signalled.
+        reason: Why the policy last did what it did about it, in a few words.
     """
 
     session_id: str
@@ -95,10 +116,13 @@ class Session:
     sequence: int = 0
     phase_since_s: float = 0.0
     signalled_s: float = 0.0
+    heard_s: float = 0.0
+    stream: ClientStream | None = None
     tool_name: str = ""
     expected_s: float | None = None
     expected_wake_s: float | None = None
-    early_wake_s: float | None = None
+    forecast: WakeForecast | None = None
+    pace: Pace = field(default_factory=Pace)
     worker_id: str = ""
     known: bool = False
     opening: bool = False
@@ -110,12 +134,17 @@ class Session:
     move_id: str = ""
     deferred_trace: str = ""
     failures: int = 0
+    evicted_s: float | None = None
+    prefetched: bool = False
+    reason: str = ""
 
     def __post_init__(self) -> None:
         if not self.phase_since_s:
             self.phase_since_s = self.opened_s
         if not self.signalled_s:
             self.signalled_s = self.phase_since_s
+        if not self.heard_s:
+            self.heard_s = self.signalled_s
 
     def apply(self, signal: Signal, now_s: float) -> Transition:
         """Takes a signal in.
@@ -132,6 +161,7 @@ class Session:
         """
         if self.phase is Phase.CLOSED:
             raise closed_error(self.session_id)
+        self.heard_s = now_s
         if signal.sequence <= self.sequence:
             return Transition(applied=False)
         waited = None
@@ -152,8 +182,26 @@ class Session:
         self.tool_name = signal.tool_name if waiting else ""
         self.expected_s = signal.expected_s if waiting else None
         self.expected_wake_s = None
-        self.early_wake_s = None
+        self.forecast = None
+        self.prefetched = False
         return Transition(applied=True, waited=waited)
+
+    def silent_since_s(self) -> float | None:
+        """Returns since when there has been no sign that its client is still there.
+
+        A tool call may take as long as the client said it would, and any time while the stream is
+        open that the client signals on. None: what the session does now is a sign itself.
+        """
+        if self.generating:
+            return None
+        since_s = max(self.heard_s, self.last_generate_s or 0.0)
+        if self.phase is Phase.IO_WAIT:
+            if self.stream is not None:
+                if self.stream.ended_s is None:
+                    return None
+                since_s = max(since_s, self.stream.ended_s)
+            since_s = max(since_s, self.phase_since_s + (self.expected_s or 0.0))
+        return since_s
 
     def close(self, now_s: float) -> None:
         """Ends the session; does nothing to one that has ended."""
@@ -163,7 +211,7 @@ class Session:
             self.tool_name = ""
             self.expected_s = None
             self.expected_wake_s = None
-            self.early_wake_s = None
+            self.forecast = None
 
     def observe(self, snapshot: SessionSnapshot) -> None:
         """Takes in what the session's own worker says of it."""
@@ -186,10 +234,22 @@ class Session:
         self.move_id = ""
         self.deferred_trace = ""
         self.failures = 0
+        self.evicted_s = None
+        self.prefetched = False
 
 
-def closed_error(session_id: str) -> SessionClosedError:
-    """Returns the error for a session that has ended."""
+def closed_error(session_id: str, expired_after_s: float | None = None) -> SessionClosedError:
+    """Returns the error for a session that has ended.
+
+    Args:
+        session_id: The session.
+        expired_after_s: It was ended because nothing was heard of it for so long; None: it was
+            closed.
+    """
+    metadata = {"session_id": session_id}
+    if expired_after_s is None:
+        return SessionClosedError(f"session {session_id!r} is closed", metadata=metadata)
     return SessionClosedError(
-        f"session {session_id!r} is closed", metadata={"session_id": session_id}
+        f"session {session_id!r} has EXPIRED: nothing was heard of it for {expired_after_s:g} s",
+        metadata={**metadata, "cause": "EXPIRED"},
     )

@@ -15,11 +15,14 @@ from services.scheduler.domain import (
     EventKind,
     Hello,
     Open,
+    Phase,
+    Prefetch,
     Report,
     SessionEvent,
     SessionSnapshot,
 )
 from services.scheduler.policy.base import Cause
+from services.scheduler.predictor import Predictor
 from services.scheduler.reconciler import InFlight, failed
 from services.scheduler.registry import Link, WorkerState
 from services.scheduler.session import Session
@@ -41,8 +44,9 @@ _PLACING = {EventKind.CREATED, EventKind.GENERATE_STARTED}
 class WorkerEvents:
     """Takes in what workers say and keeps the sessions true to it."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, predictor: Predictor) -> None:
         self._do = dispatcher
+        self._predictor = predictor
         self._store = dispatcher.store
         self._registry = dispatcher.registry
         self._reconciler = dispatcher.reconciler
@@ -66,6 +70,8 @@ class WorkerEvents:
         adopted = [self._adopt(worker, snapshot, now_s) for snapshot in hello.snapshot]
         for session in adopted:
             if session is not None and not session.move_id:
+                if session.kv.total_blocks and not session.kv.resident and not session.generating:
+                    self._do.whereabouts.found_away(session)
                 self._do.decide(session, Cause.RECONNECTED, now_s)
         return worker
 
@@ -78,8 +84,11 @@ class WorkerEvents:
         worker.heard_s = now_s
 
     def reported(self, worker: WorkerState, report: Report) -> None:
-        """Takes in a worker's report."""
+        """Takes in a worker's report, which came at its `heard_s`, and what it gives room for."""
         self._registry.report(worker, report)
+        worker_id = worker.hello.worker_id
+        self._do.relieve(worker_id, worker.heard_s)
+        self._do.fill(worker_id, worker.heard_s)
 
     def happened(self, worker: WorkerState, event: SessionEvent, now_s: float) -> None:
         """Takes in that a session has changed on its worker's own account."""
@@ -89,6 +98,7 @@ class WorkerEvents:
             session = self._adopt(worker, snapshot, now_s, take=event.kind in _PLACING)
             if session is None:
                 return
+        self._learn(worker, session, event.kind, now_s)
         session.observe(snapshot)
         if event.kind is EventKind.GENERATE_FINISHED:
             session.failures = 0
@@ -97,6 +107,33 @@ class WorkerEvents:
         cause = _CAUSES.get(event.kind)
         if cause is not None:
             self._do.decide(session, cause, now_s)
+
+    def _learn(self, worker: WorkerState, session: Session, kind: EventKind, now_s: float) -> None:
+        """Takes in what an event says of prefetches, of a silent client, and of the prompts."""
+        whereabouts = self._do.whereabouts
+        silent = session.phase is Phase.OPEN
+        match kind:
+            case EventKind.GENERATE_STARTED:
+                worker.prompts.started(session.session_id)
+                if silent and session.last_generate_s is not None:
+                    silence_s = now_s - session.last_generate_s
+                    self._predictor.learn_silence(silence_s, session.forecast)
+                    session.forecast = session.expected_wake_s = None
+                if session.prefetched:
+                    whereabouts.woke(session)
+                    session.prefetched = False
+                whereabouts.taken_back(session)
+            case EventKind.GENERATE_FINISHED:
+                if silent:
+                    session.forecast = self._predictor.predict_silence(now_s)
+                if worker.prompts.end(session.session_id):
+                    self._registry.changed(worker)
+            case EventKind.EVICTED:
+                whereabouts.let_go(session, now_s)
+            case EventKind.RESTORED | EventKind.DROPPED:
+                whereabouts.taken_back(session)
+            case _:
+                pass
 
     def ended(self, result: CommandResult, now_s: float) -> None:
         """Takes in how a command ended; one that is not in flight changes nothing."""
@@ -123,6 +160,9 @@ class WorkerEvents:
             self._moved(session, entry, result, now_s)
         else:
             session.generation = max(session.generation, result.generation)
+        if isinstance(action, Prefetch):
+            self._do.whereabouts.prefetches.loaded_bytes += result.moved_bytes
+            self._do.fill(entry.worker_id, now_s)
 
     def overdue(self, entry: InFlight, now_s: float) -> None:
         """Sends a command again that was not answered in time, if it still matters."""
@@ -152,6 +192,10 @@ class WorkerEvents:
         session.move_id = ""
         if result.ok:
             session.failures = 0
+            return
+        self._do.whereabouts.refused(session, entry.command.action, result.reason)
+        if isinstance(entry.command.action, Prefetch) and result.reason == "EXHAUSTED":
+            # Not its fault: it comes as soon as there is room.
             return
         _logger.debug(
             "%s of %s: %s", type(entry.command.action).__name__, session.session_id, result.message

@@ -6,6 +6,7 @@ back from the pool*, so one block that was reused, overwritten or read too early
 
 from __future__ import annotations
 
+import math
 import select
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.kv_mover import KvMover
 from services.worker.engine.sequence import Session
 from services.worker.engine.step import SampledToken, SequenceSlice, StepPlan, StepResult
+from services.worker.engine.step_clock import StepClock, StepSize
 from services.worker.engine.streams import CpuStream, Event, Stream, Wakeup
 from services.worker.engine.transfer import Transfers
 from services.worker.messages import (
@@ -89,15 +91,27 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self._kv = cache.kv
         self._compute = compute
+        self._before: list[SampledToken | None] = []
 
     def launch(self, plan: StepPlan) -> FakeStep:
         self.plans.append(plan)
+        before = self._before
         samples: list[SampledToken | None] = []
-        self._compute.launch(lambda: samples.extend(map(self._run, plan.slices)))
+        self._before = samples
+        for event in plan.after:
+            self._compute.wait(event)
+        self._compute.launch(
+            lambda: samples.extend([self._run(part, before) for part in plan.slices])
+        )
         return FakeStep(self._compute.record(), samples)
 
-    def _run(self, part: SequenceSlice) -> SampledToken | None:
-        for offset, token in enumerate(part.token_ids):
+    def _run(self, part: SequenceSlice, before: list[SampledToken | None]) -> SampledToken | None:
+        token_ids = part.token_ids
+        if part.follows is not None:
+            followed = before[part.follows]
+            assert followed is not None
+            token_ids = [max(followed.token_id, 0)]
+        for offset, token in enumerate(token_ids):
             block, place = divmod(part.start + offset, BLOCK)
             self._kv[part.block_table[block], :, :, place] = float(token)
         if part.sample is None:
@@ -108,6 +122,29 @@ class FakeRunner:
             raise ScrubbedReadError(read.tolist())
         context = [int(value) for value in read]
         return SampledToken(-1 if POISON in context else next_token(context))
+
+
+class TestClock(StepClock):
+    """Launches steps as early as can be, or as late, as a test likes.
+
+    Attributes:
+        ahead: At once behind another, and while loads go on that they wait for on the device; else
+            when nothing else runs and nothing is loaded any more.
+    """
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ahead = True
+
+    def is_soon(self, wait_s: float) -> bool:
+        return self.ahead
+
+    def due_s(self, next_size: StepSize) -> float | None:
+        if not self._in_flight:
+            return -math.inf
+        return -math.inf if self.ahead and len(self._in_flight) == 1 else None
 
 
 @dataclass
@@ -160,6 +197,7 @@ class EngineHarness:
             layout.block_bytes,
         )
         self.runner = FakeRunner(self.cache, self.streams["compute"])
+        self.clock = TestClock()
         self.engine = Engine(
             self.mover,
             self.runner,
@@ -174,6 +212,7 @@ class EngineHarness:
                 low_watermark=low_watermark,
                 hash_salt=b"test",
             ),
+            self.clock,
         )
         self.heard: list[ToFront] = []
         self._names: Counter[str] = Counter()

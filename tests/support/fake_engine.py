@@ -144,6 +144,7 @@ class FakeEngine:
                     ids,
                     [messages.PositionLogprobs(logprob, [logprob])] * len(ids) if wants else [],
                     [bytes(4 * VOCAB_SIZE)] * len(ids) if request.submit.return_logits else [],
+                    collected_ns=time.time_ns(),
                 )
             )
             if stops:
@@ -285,6 +286,7 @@ class FakeEngine:
             copy_end_ns=now if moved else 0,
             received_ns=command.received_ns,
             done_ns=now,
+            taken_ns=now,
         )
 
 

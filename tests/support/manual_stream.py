@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from services.worker.engine.streams import Event, Wakeup, Work
@@ -12,12 +13,21 @@ class ManualEvent:
 
     def __init__(self) -> None:
         self.reached = False
+        self._reached_ns = 0
+
+    def reach(self) -> None:
+        self.reached = True
+        self._reached_ns = time.time_ns()
 
     def query(self) -> bool:
         return self.reached
 
     def synchronize(self) -> None:
         assert self.reached, "the engine would block"
+
+    def reached_ns(self) -> int:
+        assert self.reached
+        return self._reached_ns
 
 
 class ManualStream:
@@ -34,7 +44,7 @@ class ManualStream:
     def wait(self, event: Event) -> None:
         self._queue.append((event,))
 
-    def record(self) -> ManualEvent:
+    def record(self, *, timed: bool = False) -> ManualEvent:
         event = ManualEvent()
         self._queue.append(event)
         return event
@@ -55,12 +65,12 @@ class ManualStream:
                 if not item[0].query():
                     break
             elif isinstance(item, ManualEvent):
-                item.reached = True
+                item.reach()
                 self._wakeup.set()
             else:
                 item()
                 done += 1
             self._queue.popleft()
         while self._queue and isinstance(self._queue[0], ManualEvent):
-            self._queue.popleft().reached = True  # type: ignore[union-attr]
+            self._queue.popleft().reach()  # type: ignore[union-attr]
         return done

@@ -72,7 +72,8 @@ def test_what_is_said_is_handed_on() -> None:
         "--block-size 8 --device-pool-gib 0.5 --device-memory-fraction 0.7 "
         "--max-context-length 512 --max-running-sequences 4 --max-step-tokens 128 "
         "--cpu-threads 2 --worker-id w-7 --advertise gpu-box:5557 --drain-timeout-seconds 3 "
-        "--trace-file /tmp/t.jsonl --log-level debug --worker-metrics-port 0 --max-sessions 9"
+        "--trace-file /tmp/t.jsonl --log-level debug --worker-metrics-port 0 --max-sessions 9 "
+        "--session-ttl-s 0"
     )
 
     worker = worker_config(line, port=1234)
@@ -91,6 +92,7 @@ def test_what_is_said_is_handed_on() -> None:
     assert worker.telemetry.trace_file == Path("/tmp/t.jsonl")
     assert worker.telemetry.log_level == "DEBUG"
     assert (scheduler.host, scheduler.port, scheduler.max_sessions) == ("0.0.0.0", 4321, 9)
+    assert scheduler.session_ttl_s == 0
 
 
 def test_every_default_shown_is_the_programs_own() -> None:
@@ -153,3 +155,12 @@ def test_a_bad_flag_is_one_line(
     [error] = capsys.readouterr().err.splitlines()
     assert error.startswith("djinn-server: ")
     assert message in error
+
+
+def test_what_policies_and_tenants_are_told_is_handed_on() -> None:
+    config = scheduler_config(
+        "--policy semantic --policy-option prefetch=off --policy-option backlog-s=2 "
+        "--tenant-quota acme=3 --tenant-quota *=9"
+    )
+    assert (config.policy_options.prefetch, config.policy_options.backlog_s) == (False, 2.0)
+    assert config.tenant_quotas == {"acme": 3, "*": 9}

@@ -101,8 +101,14 @@ _TO_PHASE: dict[Phase, types_pb.AgentPhase.ValueType] = {
 }
 
 
-def to_session(session: Session, endpoint: str) -> types_pb.Session:
-    """Returns a session for clients; `endpoint` is its worker's, empty if not connected."""
+def to_session(session: Session, endpoint: str, expire_s: float | None = None) -> types_pb.Session:
+    """Returns a session for clients.
+
+    Args:
+        session: The session.
+        endpoint: Its worker's; empty: it is not connected.
+        expire_s: When it ends if nothing is heard of it; None: it does not.
+    """
     message = types_pb.Session(
         session_id=session.session_id,
         name=session.name,
@@ -121,6 +127,8 @@ def to_session(session: Session, endpoint: str) -> types_pb.Session:
     )
     if session.expected_wake_s is not None:
         message.expected_wake_time.CopyFrom(to_timestamp(session.expected_wake_s))
+    if expire_s is not None:
+        message.expire_time.CopyFrom(to_timestamp(expire_s))
     return message
 
 

@@ -10,6 +10,8 @@ from djinn.v1 import types_pb2 as types_pb
 from services.common.errors import InvalidRequestError
 from services.scheduler.convert.times import to_duration
 from services.scheduler.domain import CommandResult, Counters, EvictMode, PoolState, Report
+from services.scheduler.policy.cost import Choice
+from services.scheduler.policy.explanation import Explanation
 from services.scheduler.registry import WorkerState
 
 _COUNTERS = tuple(column.name for column in types_pb.WorkerCounters.DESCRIPTOR.fields)
@@ -43,6 +45,40 @@ def to_result(outcome: CommandResult) -> control_pb.CommandResult:
         generation=outcome.generation,
         kv=types_pb.KvResidency(**outcome.kv._asdict()) if outcome.kv is not None else None,
     )
+
+
+def to_explanation(found: Explanation) -> tuple[admin_pb.DecisionCosts, admin_pb.WakeForecast]:
+    """Returns the numbers behind a decision for an operator."""
+    costs = found.costs
+    return (
+        admin_pb.DecisionCosts(
+            best=_TO_CHOICE[costs.best],
+            keep_seconds=costs.keep_s,
+            evict_seconds=costs.evict_s,
+            drop_seconds=costs.drop_s,
+            load_seconds=costs.load_s,
+            prefill_seconds=costs.prefill_s,
+            device_pressure=costs.device_pressure,
+            host_pressure=costs.host_pressure,
+            middle_seconds=costs.middle_s,
+            measured=costs.measured,
+        ),
+        admin_pb.WakeForecast(
+            source=found.source,
+            waited_seconds=found.waited_s,
+            remaining_seconds=costs.remaining_s,
+            early_seconds=found.early_s,
+            median_seconds=found.median_s,
+            late_seconds=found.late_s,
+        ),
+    )
+
+
+_TO_CHOICE: dict[Choice, admin_pb.KvChoice.ValueType] = {
+    Choice.KEEP: admin_pb.KV_CHOICE_KEEP,
+    Choice.EVICT: admin_pb.KV_CHOICE_EVICT,
+    Choice.DROP: admin_pb.KV_CHOICE_DROP,
+}
 
 
 def to_worker(worker: WorkerState) -> admin_pb.Worker:

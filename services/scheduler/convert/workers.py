@@ -30,6 +30,7 @@ from services.scheduler.domain import (
     SessionEvent,
     SessionSnapshot,
     SetHint,
+    WorkerMode,
 )
 
 _EVENTS = {
@@ -144,8 +145,8 @@ def report(message: control_pb.MemoryReport) -> Report:
 # --- downwards ---
 
 
-def to_command(command: Command) -> control_pb.ConnectResponse:
-    """Returns a command as it goes down a worker's stream."""
+def to_command(command: Command, now_s: float) -> control_pb.ConnectResponse:
+    """Returns a command as it goes down a worker's stream at `now_s`."""
     message = control_pb.Command(
         command_id=command.command_id,
         session_id=command.session_id,
@@ -154,16 +155,25 @@ def to_command(command: Command) -> control_pb.ConnectResponse:
         scheduler_record=command.record,
     )
     if command.deadline_s is not None:
-        message.deadline.CopyFrom(to_timestamp(command.deadline_s))
+        # The worker's clock need not be this one: it is told how long it has, not until when.
+        message.timeout.CopyFrom(to_duration(command.deadline_s - now_s))
     _set_action(message, command.action)
     return control_pb.ConnectResponse(command=message)
 
 
-def to_welcome(epoch: str, report_interval_s: float) -> control_pb.ConnectResponse:
+def to_welcome(
+    epoch: str, report_interval_s: float, mode: WorkerMode
+) -> control_pb.ConnectResponse:
     """Returns the answer to a Hello."""
     return control_pb.ConnectResponse(
         welcome=control_pb.Welcome(
-            scheduler_epoch=epoch, report_interval=to_duration(report_interval_s)
+            scheduler_epoch=epoch,
+            report_interval=to_duration(report_interval_s),
+            mode=control_pb.WorkerMode(
+                write_through=mode.write_through,
+                offload=mode.offload,
+                share_prefixes=mode.share_prefixes,
+            ),
         )
     )
 

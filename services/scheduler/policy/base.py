@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar
 
 from services.common.errors import ConfigError
-from services.scheduler.domain import Action
-from services.scheduler.policy.view import SessionView, SystemView
+from services.scheduler.domain import Action, WorkerMode
+from services.scheduler.policy.explanation import Explanation
+from services.scheduler.policy.options import PolicyOptions
+from services.scheduler.policy.room import UNLIMITED, Room
+from services.scheduler.policy.view import SessionView, SystemView, WorkerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,17 @@ class Decision:
         deferred: What is due cannot be done yet, because a Generate runs or no worker holds the
             session. The question will be asked again when that changes, with the same trace
             context.
+        wants_prefetch: The session is to come back as soon as `Policy.fill` finds room for it;
+            until then it is among `Sessions.wanting`.
+        explanation: The numbers behind it; None: it follows from none.
     """
 
     commands: tuple[PolicyCommand, ...] = ()
     review_at_s: float | None = None
     reason: str = ""
     deferred: bool = False
+    wants_prefetch: bool = False
+    explanation: Explanation | None = None
 
 
 NOTHING = Decision()
@@ -68,38 +76,58 @@ class Cause(Enum):
     REVIEW = "review"
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyOptions:
-    """What a policy may be told at start.
+class Policy:
+    """Decides where sessions' KV shall lie; this one leaves everything to the workers.
+
+    All that it answers is a pure function of what it is shown. Each call is about one session or
+    one worker and must take time independent of how many sessions there are.
+
+    Args:
+        options: What it was told at start.
 
     Attributes:
-        idle_threshold_s: A session whose client never signalled counts as waiting for a tool once
-            it has done nothing for this long.
+        name: What it is called on the command line.
+        uses_signals: Whether it is asked when a client says a phase.
+        heeds: Names of the `PolicyOptions` that it heeds.
+        worker_mode: How workers are to serve under it.
     """
 
-    idle_threshold_s: float = 1.0
+    name: ClassVar[str]
+    uses_signals: ClassVar[bool] = False
+    heeds: ClassVar[frozenset[str]] = frozenset()
+    worker_mode: ClassVar[WorkerMode] = WorkerMode()
 
-
-class Policy(Protocol):
-    """Decides where sessions' KV shall lie; a pure function of what it is shown.
-
-    Each call is about one session and must take time independent of how many there are; only
-    `on_tick` may look at all.
-    """
-
-    name: str
-    uses_signals: bool
+    def __init__(self, options: PolicyOptions) -> None:
+        self._options = options
 
     def decide(
         self, cause: Cause, session: SessionView, system: SystemView, now_s: float
     ) -> Decision:
         """Returns what to do about a session to which something has happened."""
+        del cause, session, system, now_s
+        return NOTHING
 
-    def on_tick(self, system: SystemView, now_s: float) -> Sequence[PolicyCommand]:
-        """Returns what to do about the system as a whole; called at a steady interval."""
+    def fill(self, worker: WorkerView, system: SystemView) -> Sequence[PolicyCommand]:
+        """Returns which of the sessions that want it come back to a worker now."""
+        del worker, system
+        return ()
 
+    def relieve(
+        self, worker: WorkerView, system: SystemView, now_s: float
+    ) -> Sequence[PolicyCommand]:
+        """Returns what to do about a worker that has just reported how full it is."""
+        del worker, system, now_s
+        return ()
 
-Factory = Callable[[PolicyOptions], Policy]
+    def room(self, worker: WorkerView) -> Room:
+        """Returns how much new work a worker may be given now."""
+        del worker
+        return UNLIMITED
+
+    def explain(self, session: SessionView, system: SystemView, now_s: float) -> Explanation | None:
+        """Returns the numbers behind what it does about a session; None: there are none."""
+        del session, system, now_s
+        return None
 
 
 def make_policy(name: str, options: PolicyOptions) -> Policy:
@@ -108,20 +136,33 @@ def make_policy(name: str, options: PolicyOptions) -> Policy:
     Raises:
         ConfigError: There is none of that name.
     """
-    factories = registry()
-    if name not in factories:
+    return policy_class(name)(options)
+
+
+def policy_class(name: str) -> type[Policy]:
+    """Returns the class of a policy by its name.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    classes = registry()
+    if name not in classes:
         raise ConfigError(
-            f"--policy {name}: no such policy; there are {', '.join(sorted(factories))}"
+            f"--policy {name}: no such policy; there are {', '.join(sorted(classes))}"
         )
-    return factories[name](options)
+    return classes[name]
 
 
-def registry() -> dict[str, Factory]:
-    """Returns every policy's factory by its name."""
+def registry() -> dict[str, type[Policy]]:
+    """Returns every policy's class by its name."""
     from services.scheduler.policy.reactive_lru import ReactiveLru
+    from services.scheduler.policy.reactive_recompute import ReactiveRecompute
     from services.scheduler.policy.semantic import Semantic
+    from services.scheduler.policy.static import Static
+    from services.scheduler.policy.ttl import Ttl
 
-    return {"semantic": Semantic, "reactive-lru": ReactiveLru}
+    classes: tuple[type[Policy], ...] = (ReactiveLru, ReactiveRecompute, Semantic, Static, Ttl)
+    return {kind.name: kind for kind in classes}
 
 
 def one(

@@ -1,36 +1,19 @@
-"""The policy of engines that know nothing of phases."""
+"""The policy of engines that know nothing of phases and have a host tier."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import ClassVar
 
-from services.scheduler.policy.base import (
-    NOTHING,
-    Cause,
-    Decision,
-    PolicyCommand,
-    PolicyOptions,
-)
-from services.scheduler.policy.view import SessionView, SystemView
+from services.scheduler.domain import WorkerMode
+from services.scheduler.policy.base import Policy
 
 
-class ReactiveLru:
-    """Commands nothing: under pressure the worker evicts what was least recently used."""
+class ReactiveLru(Policy):
+    """Commands nothing: under pressure the worker evicts what was least recently used.
 
-    name = "reactive-lru"
-    uses_signals = False
+    This is what vLLM with its native offload and LMCache do. The worker copies to the host when it
+    evicts and not before.
+    """
 
-    def __init__(self, options: PolicyOptions) -> None:
-        del options
-
-    def decide(
-        self, cause: Cause, session: SessionView, system: SystemView, now_s: float
-    ) -> Decision:
-        """Returns that there is nothing to do."""
-        del cause, session, system, now_s
-        return NOTHING
-
-    def on_tick(self, system: SystemView, now_s: float) -> Sequence[PolicyCommand]:
-        """Returns nothing."""
-        del system, now_s
-        return ()
+    name: ClassVar[str] = "reactive-lru"
+    worker_mode: ClassVar[WorkerMode] = WorkerMode(write_through=False)

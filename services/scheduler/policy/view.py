@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.scheduler.domain import NO_KV, Phase, PoolState, Residency
+from services.scheduler.forecast import WakeForecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +21,17 @@ class SessionView:
     Attributes:
         phase_since_s: When `phase` was entered.
         tool_name: The tool waited for; empty outside IO_WAIT.
-        expected_wake_s: The median of when it is expected to wake; None: no idea.
-        early_wake_s: When one in ten such sessions would have woken; None: no idea.
+        expected_wake_s: The median of when it is expected to wake, as its worker was last told;
+            None: no idea.
         connected: Its worker is connected and is known to hold it.
         generating: A Generate runs or waits.
         last_active_s: The latest of its last signal, its last Generate's end and its opening.
         moving: Name of the command that moves its KV and has not ended; empty: none.
         kv: Where its KV lies, as last reported, without what `moving` will do.
         failures: Times in a row that a move has failed.
+        forecast: The distribution of when it wakes; None: no idea, or only `expected_wake_s`.
+        evicted_s: When its device blocks were let go; None: they are held, or it is not known.
+        prefetched: It was brought back ahead of its wake since it last ran or signalled.
     """
 
     session_id: str
@@ -37,7 +41,6 @@ class SessionView:
     phase_since_s: float
     tool_name: str
     expected_wake_s: float | None
-    early_wake_s: float | None
     worker_id: str
     connected: bool
     generating: bool
@@ -46,6 +49,9 @@ class SessionView:
     moving: str = ""
     kv: Residency = NO_KV
     failures: int = 0
+    forecast: WakeForecast | None = None
+    evicted_s: float | None = None
+    prefetched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,17 @@ class WorkerView:
         mean_step_s: Of the steps since the last report but one; None: there were none.
         load_bytes_per_s: Measured host-to-device speed; 0: not measured.
         prefill_tokens_per_s: Measured; 0: not measured.
+        max_running_sequences: Most sequences in one step; 0: not known.
+        max_context_length: Most tokens of one session; 0: not known.
+        full_s: When it last reported that no device block was free; None: never. Blocks let go
+            since then are still on the device: free ones are used up first.
+        prefetched_blocks: Blocks asked for by prefetches since its last report.
+        prefetch_refused: It has refused a prefetch since its last report.
+        dropped_blocks: Host blocks of sessions dropped since its last report.
+        opened: Sessions placed on it since its last report.
+        prompt_tokens: Tokens still to be prefilled of prompts that were let in and of wakes whose
+            KV is lost, as far as known.
+        recompute_share: Share of late of its time that goes to prefilling lost KV again.
     """
 
     worker_id: str
@@ -76,6 +93,15 @@ class WorkerView:
     prefill_tokens_per_s: float = 0.0
     loads_in_flight: int = 0
     stores_in_flight: int = 0
+    max_running_sequences: int = 0
+    max_context_length: int = 0
+    full_s: float | None = None
+    prefetched_blocks: int = 0
+    prefetch_refused: bool = False
+    dropped_blocks: int = 0
+    opened: int = 0
+    prompt_tokens: int = 0
+    recompute_share: float = 0.0
 
 
 class Sessions(Protocol):
@@ -89,6 +115,18 @@ class Sessions(Protocol):
 
     def count(self, phase: Phase) -> int:
         """Returns how many sessions are in a phase."""
+
+    def away(self, worker_id: str) -> Iterator[SessionView]:
+        """Yields a worker's sessions whose device blocks were let go, furthest wake first."""
+
+    def wanting(self, worker_id: str) -> Iterator[SessionView]:
+        """Yields a worker's sessions that wait to be prefetched, nearest wake first."""
+
+    def middle_wake_s(self, worker_id: str) -> float | None:
+        """Returns the median of when those that are away wake; None: none is, or no idea."""
+
+    def prefetching(self, worker_id: str) -> int:
+        """Returns how many of a worker's prefetches have not ended."""
 
 
 class NoSessions:
@@ -107,6 +145,26 @@ class NoSessions:
     def count(self, phase: Phase) -> int:
         """Returns 0."""
         del phase
+        return 0
+
+    def away(self, worker_id: str) -> Iterator[SessionView]:
+        """Yields nothing."""
+        del worker_id
+        return iter(())
+
+    def wanting(self, worker_id: str) -> Iterator[SessionView]:
+        """Yields nothing."""
+        del worker_id
+        return iter(())
+
+    def middle_wake_s(self, worker_id: str) -> float | None:
+        """Returns None."""
+        del worker_id
+        return None
+
+    def prefetching(self, worker_id: str) -> int:
+        """Returns 0."""
+        del worker_id
         return 0
 
 

@@ -246,3 +246,52 @@ async def test_a_drained_worker_gets_no_sessions(systems, system):
         system.admin.DrainWorker(admin_pb.DrainWorkerRequest(worker_id="w9")), UnknownWorkerError
     )
     await first.expect("open")
+
+
+# --- expiry ---
+
+
+async def test_the_time_at_which_a_session_expires_is_told(systems):
+    system = await systems.start(replace(CONFIG, session_ttl_s=3600.0))
+    await systems.worker(system)
+    await system.open("a")
+    first = (await system.get()).expire_time.ToNanoseconds()
+    await system.signal(COMPUTE, 1)
+    told = await system.get()
+    assert told.expire_time.ToNanoseconds() > first
+    assert told.expire_time.ToNanoseconds() - told.phase_time.ToNanoseconds() == pytest.approx(
+        3600e9, abs=1e9
+    )
+    # Asking is not a sign of its client.
+    assert (await system.get()).expire_time == told.expire_time
+
+
+async def test_a_tool_call_lasts_while_the_clients_stream_is_open(systems):
+    system = await systems.start(replace(CONFIG, session_ttl_s=3600.0))
+    await systems.worker(system)
+    await system.open("a")
+    call = system.agents.StreamPhases()
+    signal = agent_pb.SignalPhaseRequest(session_id="a", phase=IO_WAIT, sequence=1)
+    await call.write(agent_pb.StreamPhasesRequest(signal=signal))
+    await call.read()
+    assert not (await system.get()).HasField("expire_time")
+    await call.done_writing()
+    await system.until(lambda session: session.HasField("expire_time"))
+
+
+async def test_without_a_lifetime_no_session_expires(systems):
+    system = await systems.start(replace(CONFIG, session_ttl_s=0.0))
+    await systems.worker(system)
+    await system.open("a")
+    assert not (await system.get()).HasField("expire_time")
+
+
+async def test_an_expired_session_says_so_and_is_counted(systems):
+    system = await systems.start(replace(CONFIG, session_ttl_s=0.05, tick_interval_s=0.02))
+    worker = await systems.worker(system)
+    await system.open("a")
+    await worker.expect("open")
+    await worker.expect("close")
+    error = await refused(system.signal(COMPUTE, 1), SessionClosedError)
+    assert "EXPIRED" in error.message
+    assert system.scheduler.coordinator.store.expired == 1

@@ -188,5 +188,9 @@ async def test_prometheus_is_told_of_sessions_signals_and_commands(system, worke
         "djinn_scheduler_workers 1.0",
         'djinn_worker_pool_blocks{pool="device",state="free",worker="worker-0"} 100.0',
         "djinn_workers_stores_total 0.0",
+        'djinn_scheduler_predicted_wakes_total{source="none"} 0.0',
+        'djinn_scheduler_prefetches_total{outcome="sent"} 0.0',
+        'djinn_scheduler_admissions_total{outcome="admitted"} 1.0',
+        "djinn_scheduler_admission_queue 0.0",
     ):
         assert line in lines, line

@@ -86,6 +86,7 @@ def test_a_session() -> None:
     assert session.phase is djinn.Phase.IO_WAIT
     assert session.open_time == dt.datetime(2023, 11, 14, 22, 13, 20, 500_000, tzinfo=dt.UTC)
     assert session.expected_wake_time is None
+    assert session.expire_time is None
     assert (session.tenant, session.priority, session.context_length) == ("t", -3, 9)
     assert session.kv == djinn.KvResidency(total_blocks=2, host_blocks=1)
 

@@ -20,7 +20,7 @@ from services.scheduler import record
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.coordinator import Coordinator, OpenRequest
 from services.scheduler.domain import Evict, EvictMode, Open, Phase, Restore
-from services.scheduler.predictor import Source
+from services.scheduler.forecast import Source
 from services.scheduler.session import Signal
 from tests.support.model_worker import ModelWorker
 
@@ -155,7 +155,7 @@ def test_a_tool_call_evicts_and_its_end_restores(coordinator, worker):
     told = record.decode(evict.record or b"")
     assert told is not None
     assert (told.phase, told.sequence, told.tool_name) == (Phase.IO_WAIT, 1, "search")
-    assert outcome.prediction.source is Source.HINT
+    assert outcome.forecast.source is Source.HINT
     worker.work(T0 + 3)
     assert not outcome.session.kv.resident
     coordinator.signal("a", compute(2), T0 + 14)
@@ -176,7 +176,7 @@ def test_the_predictor_learns_from_the_calls(coordinator, worker):
         coordinator.signal("a", compute(sequence + 2), now_s + 7.0)
         now_s, sequence = now_s + 10.0, sequence + 2
     outcome = coordinator.signal("a", wait(sequence + 1, "search"), now_s)
-    assert outcome.prediction.source is Source.TOOL
+    assert outcome.forecast.source is Source.TOOL
     assert outcome.session.expected_wake_s == pytest.approx(now_s + 7.0, rel=1e-3)
     assert worker.received[-1].action.expected_wake_s == outcome.session.expected_wake_s
 
@@ -432,3 +432,24 @@ def test_a_silent_worker_is_taken_for_lost():
 def test_a_late_tick_comes_once(coordinator):
     coordinator.advance(T0 + 500)
     assert coordinator.next_due_s() == T0 + 500 + coordinator.config.tick_interval_s
+
+
+# --- clients that do not come back ---
+
+
+def test_a_session_of_a_client_that_crashed_is_closed_everywhere():
+    coordinator = make(session_ttl_s=60.0)
+    worker = ModelWorker(coordinator).connect(T0)
+    opened(coordinator, worker, "crashed")
+    opened(coordinator, worker, "alive")
+    coordinator.signal("alive", compute(1), T0 + 50)
+    worker.work(T0 + 50)
+    coordinator.advance(T0 + 61)
+    worker.work(T0 + 61)
+    assert [session.session_id for session in coordinator.store] == ["alive"]
+    assert set(worker.sessions) == {"alive"}
+    assert coordinator.store.expired == 1
+    with pytest.raises(SessionClosedError, match="EXPIRED: nothing was heard of it for 60 s"):
+        coordinator.signal("crashed", compute(1), T0 + 62)
+    with pytest.raises(SessionClosedError, match="EXPIRED"):
+        coordinator.open_session(OpenRequest("crashed"), T0 + 62)

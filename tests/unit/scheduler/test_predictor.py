@@ -3,10 +3,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from services.scheduler.predictor import DecayingHistogram, Predictor, Source
+from services.scheduler.forecast import Source
+from services.scheduler.pace import Pace
+from services.scheduler.predictor import Predictor
 from services.scheduler.session import Waited
 
 
@@ -17,42 +17,6 @@ def taught(*calls: Waited) -> Predictor:
     return predictor
 
 
-@given(st.lists(st.floats(0.02, 50_000), min_size=1, max_size=200))
-def test_quantiles_ascend_within_what_was_seen(values):
-    histogram = DecayingHistogram()
-    for value in values:
-        histogram.add(value)
-    early, median, late = histogram.quantiles(0.1, 0.5, 0.9)
-    assert early <= median <= late
-    assert min(values) / 1.16 <= early
-    assert late <= max(values) * 1.16
-
-
-def test_quantiles_are_within_a_bucket_of_the_true_ones():
-    rng = random.Random(7)
-    values = [rng.lognormvariate(1.0, 1.0) for _ in range(2000)]
-    histogram = DecayingHistogram(decay=1.0)
-    for value in values:
-        histogram.add(value)
-    values.sort()
-    for share in (0.1, 0.5, 0.9):
-        (found,) = histogram.quantiles(share)
-        assert found == pytest.approx(values[int(share * len(values))], rel=0.1)
-
-
-def test_the_weight_is_bounded_and_survives_very_many_observations():
-    histogram = DecayingHistogram(decay=0.9)
-    for _ in range(5000):
-        histogram.add(3.0)
-    assert histogram.weight == pytest.approx(10.0, rel=1e-6)
-    assert histogram.quantiles(0.5)[0] == pytest.approx(3.0, rel=0.1)
-
-
-def test_no_observations_have_no_quantiles():
-    with pytest.raises(ValueError, match="no observations"):
-        DecayingHistogram().quantiles(0.5)
-
-
 def test_nothing_is_known_at_first():
     assert Predictor().predict("search", None) is None
 
@@ -60,7 +24,9 @@ def test_nothing_is_known_at_first():
 def test_a_hint_is_believed_until_it_is_known_better():
     prediction = Predictor().predict("search", 12.0)
     assert prediction is not None
-    assert (prediction.median_s, prediction.source) == (12.0, Source.HINT)
+    assert prediction.median_s == pytest.approx(12.0)
+    assert prediction.source is Source.HINT
+    assert 0 < prediction.quantile_s(0.1) < 12.0 < prediction.quantile_s(0.9)
 
 
 def test_a_hint_is_corrected_by_how_far_off_hints_were():
@@ -129,3 +95,66 @@ def test_extreme_durations_are_taken(duration_s):
     prediction = predictor.predict("search", None)
     assert prediction is not None
     assert 0 < prediction.median_s <= 100_000
+
+
+def test_a_tool_is_believed_rather_than_estimates_that_say_nothing():
+    rng = random.Random(3)
+    predictor = Predictor()
+    for _ in range(60):
+        predictor.learn(Waited("build", rng.choice([1.0, 10.0, 100.0, 1000.0]), 20.0))
+    prediction = predictor.predict("build", 1000.0)
+    assert prediction is not None
+    assert prediction.source is Source.TOOL
+    assert prediction.median_s == pytest.approx(20.0, rel=0.1)
+
+
+def test_an_agent_that_is_slower_than_others_is_known_by_its_own_pace():
+    rng = random.Random(5)
+    predictor = Predictor()
+    paces = {factor: Pace() for factor in (0.2, 1.0, 5.0)}
+    for _ in range(40):
+        for factor, pace in paces.items():
+            forecast = predictor.predict("search", None, 0.0, pace)
+            waited = Waited("search", None, 10.0 * factor * rng.uniform(0.9, 1.1))
+            predictor.learn(waited, forecast, pace)
+    medians = {}
+    for factor, pace in paces.items():
+        prediction = predictor.predict("search", None, 0.0, pace)
+        assert prediction is not None
+        medians[factor] = prediction.median_s
+    assert medians[0.2] < 4.0
+    assert medians[5.0] > 30.0
+    assert 5.0 < medians[1.0] < 20.0
+
+
+def test_paces_that_are_only_noise_are_left_alone():
+    rng = random.Random(6)
+    predictor = Predictor()
+    paces = [Pace() for _ in range(10)]
+    for _ in range(30):
+        for pace in paces:
+            forecast = predictor.predict("search", None, 0.0, pace)
+            predictor.learn(Waited("search", None, rng.uniform(10, 20)), forecast, pace)
+    for pace in paces:
+        prediction = predictor.predict("search", None, 0.0, pace)
+        assert prediction is not None
+        assert prediction.pace == 1.0
+
+
+def test_silence_is_learnt_apart_from_tools():
+    predictor = Predictor()
+    assert predictor.predict_silence(0.0) is None
+    for _ in range(5):
+        predictor.learn_silence(4.0)
+    silence = predictor.predict_silence(100.0)
+    assert silence is not None
+    assert silence.source is Source.SILENCE
+    assert silence.wake_s(0.5, 100.0) == pytest.approx(104.0, rel=0.01)
+    assert predictor.predict("search", None) is None
+
+
+def test_a_forecast_counts_from_when_the_call_began():
+    predictor = taught(*[Waited("search", None, 5.0)] * 5)
+    prediction = predictor.predict("search", None, 1000.0)
+    assert prediction is not None
+    assert prediction.wake_s(0.5, 1000.0) == pytest.approx(1005.0, abs=0.5)

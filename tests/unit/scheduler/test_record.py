@@ -21,7 +21,7 @@ def test_a_session_comes_back_from_its_record():
     told = record.decode(record.encode(session))
     assert told is not None
     revived = record.revive("a", told)
-    revived.early_wake_s = session.early_wake_s
+    revived.forecast = session.forecast
     assert revived == session
 
 

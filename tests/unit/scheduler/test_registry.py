@@ -161,3 +161,54 @@ def test_the_report_time_is_that_of_the_worker_that_was_silent_for_longest(regis
     # Whoever is lost will not report.
     registry.lose("w1", second.link, 104.0)
     assert registry.report_time_s() == 103.0
+
+
+def speeds(prefill, recomputed=0, free=60) -> Report:
+    return Report(
+        device=PoolState(100, free, 100 - free),
+        counters=Counters(recomputed_tokens=recomputed),
+        prefill_tokens_per_s=prefill,
+    )
+
+
+def test_the_best_prefill_speed_of_late_counts(registry):
+    worker, _ = registry.connect(hello(), Link(), 100.0)
+    for second, speed in enumerate((10_000.0, 40_000.0, 2_000.0, 3_000.0)):
+        worker.heard_s = 100.0 + second
+        registry.report(worker, speeds(speed))
+    assert registry.views["w0"].prefill_tokens_per_s == pytest.approx(40_000, rel=0.01)
+    worker.heard_s = 10_000.0
+    registry.report(worker, speeds(3_000.0))
+    assert registry.views["w0"].prefill_tokens_per_s == 3_000
+
+
+def test_the_share_of_time_that_recomputes_rises_and_falls(registry):
+    worker, _ = registry.connect(hello(), Link(), 100.0)
+    shares = []
+    for second in range(60):
+        worker.heard_s = 100.0 + second
+        registry.report(worker, speeds(1000.0, recomputed=800 * min(second, 30)))
+        shares.append(registry.views["w0"].recompute_share)
+    assert shares[0] == 0.0
+    assert shares[30] == pytest.approx(0.8, abs=0.05)
+    assert shares[59] < 0.01
+
+
+def test_when_a_worker_was_last_full_is_known(registry):
+    worker, _ = registry.connect(hello(), Link(), 100.0)
+    for now_s, free in ((100.0, 60), (101.0, 1), (102.0, 0), (103.0, 2)):
+        worker.heard_s = now_s
+        registry.report(worker, speeds(0.0, free=free))
+    assert registry.views["w0"].full_s == 102.0
+    registry.connect(hello(incarnation="2"), Link(), 104.0)
+    assert registry.views["w0"].full_s is None
+
+
+def test_sessions_placed_since_the_last_report_are_counted_once(registry):
+    worker, _ = registry.connect(hello(), Link(), 100.0)
+    registry.assign(worker, "a")
+    registry.assign(worker, "a")
+    registry.assign(worker, "b")
+    assert registry.views["w0"].opened == 2
+    registry.report(worker, report())
+    assert registry.views["w0"].opened == 0

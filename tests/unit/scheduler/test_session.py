@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import SessionClosedError
 from services.scheduler.domain import NO_KV, Phase, Residency, SessionSnapshot
-from services.scheduler.session import Session, Signal, Waited
+from services.scheduler.session import ClientStream, Session, Signal, Waited
 
 
 def make(**fields) -> Session:
@@ -152,3 +152,47 @@ def test_what_the_worker_says_is_taken_and_forgotten():
     place = (session.known, session.generation, session.context_length, session.kv)
     assert place == (False, 0, 0, NO_KV)
     assert session.phase is Phase.OPEN
+
+
+# --- how long its client has been silent ---
+
+
+def test_every_signal_is_a_sign_of_the_client_also_one_that_is_ignored():
+    session = make()
+    assert session.silent_since_s() == 100.0
+    session.apply(compute(5), 200.0)
+    assert session.silent_since_s() == 200.0
+    assert not session.apply(compute(5), 300.0).applied
+    assert session.silent_since_s() == 300.0
+
+
+def test_a_generate_is_one_while_it_runs_and_at_its_end():
+    session = make()
+    session.observe(SessionSnapshot("a", 1, 0, NO_KV, True, b"", None))
+    assert session.silent_since_s() is None
+    session.observe(SessionSnapshot("a", 2, 0, NO_KV, False, b"", 400.0))
+    assert session.silent_since_s() == 400.0
+
+
+def test_a_tool_call_may_take_as_long_as_the_client_said():
+    session = make()
+    session.apply(wait(1, "build", 7200.0), 200.0)
+    assert session.silent_since_s() == 7400.0
+    session.apply(compute(2), 300.0)
+    assert session.silent_since_s() == 300.0
+
+
+def test_a_tool_call_may_take_any_time_while_the_client_is_there():
+    session = make()
+    session.stream = ClientStream()
+    session.apply(wait(1), 200.0)
+    assert session.silent_since_s() is None
+    session.stream.ended_s = 5000.0
+    assert session.silent_since_s() == 5000.0
+
+
+def test_outside_a_tool_call_an_open_stream_is_no_sign():
+    session = make()
+    session.stream = ClientStream()
+    session.apply(compute(1), 200.0)
+    assert session.silent_since_s() == 200.0

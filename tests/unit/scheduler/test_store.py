@@ -29,6 +29,15 @@ def test_sessions_are_counted_by_phase(store):
     assert len(store) == 2
 
 
+def test_sessions_are_counted_by_tenant(store):
+    for name, tenant in (("a", "acme"), ("b", "acme"), ("c", "")):
+        store.add(make(name, tenant))
+    assert [store.count_tenant(tenant) for tenant in ("acme", "", "nobody")] == [2, 1, 0]
+    store.close("a", 101.0)
+    store.close("c", 101.0)
+    assert [store.count_tenant(tenant) for tenant in ("acme", "")] == [1, 0]
+
+
 def test_a_closed_session_is_remembered_for_a_while(store):
     session = make()
     store.add(session)
@@ -76,3 +85,78 @@ def test_pages_can_be_of_one_tenant_or_phase(store):
     assert [s.session_id for s in store.page("", 10, "", None)[0]] == ["c"]
     assert [s.session_id for s in store.page("", 10, None, Phase.COMPUTE)[0]] == ["b"]
     assert [s.session_id for s in store.page("", 10, "acme", Phase.OPEN)[0]] == ["a"]
+
+
+# --- expiry ---
+
+
+def expiring(ttl_s=50.0, start_s=0.0) -> SessionStore:
+    return SessionStore(3, 60.0, ttl_s, start_s)
+
+
+def added(store, session_id="a") -> Session:
+    session = make(session_id)
+    store.add(session)
+    return session
+
+
+def expire(store, now_s) -> list[str]:
+    ended = []
+    for session in store.take_expired(now_s):
+        store.close(session.session_id, now_s, expired=True)
+        ended.append(session.session_id)
+    return ended
+
+
+def test_a_silent_session_expires_once_and_says_so():
+    store = expiring()
+    session = added(store)
+    assert store.expire_s(session) == 150.0
+    assert expire(store, 149.9) == []
+    assert expire(store, 150.0) == ["a"]
+    assert expire(store, 1e9) == []
+    assert store.expired == 1
+    error = store.closed_error("a")
+    assert "EXPIRED" in error.message
+    assert "50 s" in error.message
+    assert error.metadata["cause"] == "EXPIRED"
+
+
+def test_one_that_was_closed_has_not_expired():
+    store = expiring()
+    added(store)
+    store.close("a", 120.0)
+    assert expire(store, 150.0) == []
+    assert store.expired == 0
+    assert "EXPIRED" not in store.closed_error("a").message
+
+
+def test_whoever_is_heard_of_lasts_longer():
+    store = expiring()
+    store.apply(added(store), Signal(Phase.COMPUTE, 1), 140.0)
+    assert expire(store, 189.9) == []
+    assert expire(store, 190.0) == ["a"]
+
+
+def test_one_that_generates_is_looked_at_again():
+    store = expiring()
+    session = added(store)
+    session.generating = True
+    assert store.expire_s(session) is None
+    assert expire(store, 1000.0) == []
+    session.generating, session.last_generate_s = False, 1001.0
+    assert expire(store, 1050.9) == []
+    # Found at the next look, a tenth of the time later at most.
+    assert expire(store, 1056.0) == ["a"]
+
+
+def test_silence_counts_from_the_schedulers_own_start():
+    store = expiring(start_s=1000.0)
+    assert store.expire_s(added(store)) == 1050.0
+    assert expire(store, 1049.9) == []
+    assert expire(store, 1050.0) == ["a"]
+
+
+def test_without_a_lifetime_nothing_expires(store):
+    assert store.expire_s(added(store)) is None
+    assert expire(store, 1e12) == []

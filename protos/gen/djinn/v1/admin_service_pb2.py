@@ -28,13 +28,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64jinn/v1/admin_service.proto\x12\x08\x64jinn.v1\x1a\x1e\x64jinn/v1/control_service.proto\x1a\x14\x64jinn/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0eincarnation_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\"\n\x05model\x18\x04 \x01(\x0b\x32\x13.djinn.v1.ModelInfo\x12*\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x18.djinn.v1.WorkerCapacity\x12&\n\x06report\x18\x06 \x01(\x0b\x32\x16.djinn.v1.MemoryReport\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x10\n\x08sessions\x18\x08 \x01(\x03\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.djinn.v1.Worker\"L\n\x13\x45victSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12!\n\x04mode\x18\x02 \x01(\x0e\x32\x13.djinn.v1.EvictMode\"?\n\x14\x45victSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"+\n\x15RestoreSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x16RestoreSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"(\n\x12\x44ropSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\">\n\x13\x44ropSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06resume\x18\x02 \x01(\x08\"7\n\x13\x44rainWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.djinn.v1.Worker\"\x11\n\x0fGetStatsRequest\"\xcb\x02\n\x10GetStatsResponse\x12*\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x18.djinn.v1.WorkerCounters\x12$\n\x06phases\x18\x02 \x03(\x0b\x32\x14.djinn.v1.PhaseCount\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12\"\n\x04host\x18\x06 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12/\n\x0breport_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61nswer_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"C\n\nPhaseCount\x12#\n\x05phase\x18\x01 \x01(\x0e\x32\x14.djinn.v1.AgentPhase\x12\x10\n\x08sessions\x18\x02 \x01(\x03\x32\xd9\x03\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.djinn.v1.ListWorkersRequest\x1a\x1d.djinn.v1.ListWorkersResponse\x12M\n\x0c\x45victSession\x12\x1d.djinn.v1.EvictSessionRequest\x1a\x1e.djinn.v1.EvictSessionResponse\x12S\n\x0eRestoreSession\x12\x1f.djinn.v1.RestoreSessionRequest\x1a .djinn.v1.RestoreSessionResponse\x12J\n\x0b\x44ropSession\x12\x1c.djinn.v1.DropSessionRequest\x1a\x1d.djinn.v1.DropSessionResponse\x12J\n\x0b\x44rainWorker\x12\x1c.djinn.v1.DrainWorkerRequest\x1a\x1d.djinn.v1.DrainWorkerResponse\x12\x41\n\x08GetStats\x12\x19.djinn.v1.GetStatsRequest\x1a\x1a.djinn.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64jinn/v1/admin_service.proto\x12\x08\x64jinn.v1\x1a\x1e\x64jinn/v1/control_service.proto\x1a\x14\x64jinn/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0eincarnation_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\"\n\x05model\x18\x04 \x01(\x0b\x32\x13.djinn.v1.ModelInfo\x12*\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x18.djinn.v1.WorkerCapacity\x12&\n\x06report\x18\x06 \x01(\x0b\x32\x16.djinn.v1.MemoryReport\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x10\n\x08sessions\x18\x08 \x01(\x03\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.djinn.v1.Worker\"L\n\x13\x45victSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12!\n\x04mode\x18\x02 \x01(\x0e\x32\x13.djinn.v1.EvictMode\"?\n\x14\x45victSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"+\n\x15RestoreSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x16RestoreSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"(\n\x12\x44ropSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\">\n\x13\x44ropSessionResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.djinn.v1.CommandResult\"+\n\x15\x45xplainSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\xae\x01\n\x16\x45xplainSessionResponse\x12\"\n\x07session\x18\x01 \x01(\x0b\x32\x11.djinn.v1.Session\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12&\n\x05\x63osts\x18\x04 \x01(\x0b\x32\x17.djinn.v1.DecisionCosts\x12(\n\x08\x66orecast\x18\x05 \x01(\x0b\x32\x16.djinn.v1.WakeForecast\"\xfd\x01\n\rDecisionCosts\x12 \n\x04\x62\x65st\x18\x01 \x01(\x0e\x32\x12.djinn.v1.KvChoice\x12\x14\n\x0ckeep_seconds\x18\x02 \x01(\x01\x12\x15\n\revict_seconds\x18\x03 \x01(\x01\x12\x14\n\x0c\x64rop_seconds\x18\x04 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x05 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x64\x65vice_pressure\x18\x07 \x01(\x01\x12\x15\n\rhost_pressure\x18\x08 \x01(\x01\x12\x16\n\x0emiddle_seconds\x18\t \x01(\x01\x12\x10\n\x08measured\x18\n \x01(\x08\"\x96\x01\n\x0cWakeForecast\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x16\n\x0ewaited_seconds\x18\x02 \x01(\x01\x12\x19\n\x11remaining_seconds\x18\x03 \x01(\x01\x12\x15\n\rearly_seconds\x18\x04 \x01(\x01\x12\x16\n\x0emedian_seconds\x18\x05 \x01(\x01\x12\x14\n\x0clate_seconds\x18\x06 \x01(\x01\"7\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06resume\x18\x02 \x01(\x08\"7\n\x13\x44rainWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.djinn.v1.Worker\"\x11\n\x0fGetStatsRequest\"\xcb\x02\n\x10GetStatsResponse\x12*\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x18.djinn.v1.WorkerCounters\x12$\n\x06phases\x18\x02 \x03(\x0b\x32\x14.djinn.v1.PhaseCount\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12\"\n\x04host\x18\x06 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12/\n\x0breport_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61nswer_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"C\n\nPhaseCount\x12#\n\x05phase\x18\x01 \x01(\x0e\x32\x14.djinn.v1.AgentPhase\x12\x10\n\x08sessions\x18\x02 \x01(\x03*b\n\x08KvChoice\x12\x19\n\x15KV_CHOICE_UNSPECIFIED\x10\x00\x12\x12\n\x0eKV_CHOICE_KEEP\x10\x01\x12\x13\n\x0fKV_CHOICE_EVICT\x10\x02\x12\x12\n\x0eKV_CHOICE_DROP\x10\x03\x32\xae\x04\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.djinn.v1.ListWorkersRequest\x1a\x1d.djinn.v1.ListWorkersResponse\x12M\n\x0c\x45victSession\x12\x1d.djinn.v1.EvictSessionRequest\x1a\x1e.djinn.v1.EvictSessionResponse\x12S\n\x0eRestoreSession\x12\x1f.djinn.v1.RestoreSessionRequest\x1a .djinn.v1.RestoreSessionResponse\x12J\n\x0b\x44ropSession\x12\x1c.djinn.v1.DropSessionRequest\x1a\x1d.djinn.v1.DropSessionResponse\x12S\n\x0e\x45xplainSession\x12\x1f.djinn.v1.ExplainSessionRequest\x1a .djinn.v1.ExplainSessionResponse\x12J\n\x0b\x44rainWorker\x12\x1c.djinn.v1.DrainWorkerRequest\x1a\x1d.djinn.v1.DrainWorkerResponse\x12\x41\n\x08GetStats\x12\x19.djinn.v1.GetStatsRequest\x1a\x1a.djinn.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'djinn.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_KVCHOICE']._serialized_start=1997
+  _globals['_KVCHOICE']._serialized_end=2095
   _globals['_WORKER']._serialized_start=162
   _globals['_WORKER']._serialized_end=387
   _globals['_LISTWORKERSREQUEST']._serialized_start=389
@@ -53,16 +55,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DROPSESSIONREQUEST']._serialized_end=764
   _globals['_DROPSESSIONRESPONSE']._serialized_start=766
   _globals['_DROPSESSIONRESPONSE']._serialized_end=828
-  _globals['_DRAINWORKERREQUEST']._serialized_start=830
-  _globals['_DRAINWORKERREQUEST']._serialized_end=885
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=887
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=942
-  _globals['_GETSTATSREQUEST']._serialized_start=944
-  _globals['_GETSTATSREQUEST']._serialized_end=961
-  _globals['_GETSTATSRESPONSE']._serialized_start=964
-  _globals['_GETSTATSRESPONSE']._serialized_end=1295
-  _globals['_PHASECOUNT']._serialized_start=1297
-  _globals['_PHASECOUNT']._serialized_end=1364
-  _globals['_ADMINSERVICE']._serialized_start=1367
-  _globals['_ADMINSERVICE']._serialized_end=1840
+  _globals['_EXPLAINSESSIONREQUEST']._serialized_start=830
+  _globals['_EXPLAINSESSIONREQUEST']._serialized_end=873
+  _globals['_EXPLAINSESSIONRESPONSE']._serialized_start=876
+  _globals['_EXPLAINSESSIONRESPONSE']._serialized_end=1050
+  _globals['_DECISIONCOSTS']._serialized_start=1053
+  _globals['_DECISIONCOSTS']._serialized_end=1306
+  _globals['_WAKEFORECAST']._serialized_start=1309
+  _globals['_WAKEFORECAST']._serialized_end=1459
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1461
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1516
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=1518
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=1573
+  _globals['_GETSTATSREQUEST']._serialized_start=1575
+  _globals['_GETSTATSREQUEST']._serialized_end=1592
+  _globals['_GETSTATSRESPONSE']._serialized_start=1595
+  _globals['_GETSTATSRESPONSE']._serialized_end=1926
+  _globals['_PHASECOUNT']._serialized_start=1928
+  _globals['_PHASECOUNT']._serialized_end=1995
+  _globals['_ADMINSERVICE']._serialized_start=2098
+  _globals['_ADMINSERVICE']._serialized_end=2656
 # @@protoc_insertion_point(module_scope)

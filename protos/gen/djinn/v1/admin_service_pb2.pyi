@@ -11,6 +11,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -21,6 +22,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _KvChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_CHOICE_UNSPECIFIED: _KvChoice.ValueType  # 0
+    """Never sent."""
+    KV_CHOICE_KEEP: _KvChoice.ValueType  # 1
+    """Its device blocks stay its own."""
+    KV_CHOICE_EVICT: _KvChoice.ValueType  # 2
+    """They may be reused, and are loaded again when it wakes."""
+    KV_CHOICE_DROP: _KvChoice.ValueType  # 3
+    """Its KV is forgotten, and computed again when it wakes."""
+
+class KvChoice(_KvChoice, metaclass=_KvChoiceEnumTypeWrapper):
+    """What can be done with a waiting session's KV."""
+
+KV_CHOICE_UNSPECIFIED: KvChoice.ValueType  # 0
+"""Never sent."""
+KV_CHOICE_KEEP: KvChoice.ValueType  # 1
+"""Its device blocks stay its own."""
+KV_CHOICE_EVICT: KvChoice.ValueType  # 2
+"""They may be reused, and are loaded again when it wakes."""
+KV_CHOICE_DROP: KvChoice.ValueType  # 3
+"""Its KV is forgotten, and computed again when it wakes."""
+Global___KvChoice: _TypeAlias = KvChoice  # noqa: Y015
 
 @_typing.final
 class Worker(_message.Message):
@@ -260,6 +289,180 @@ class DropSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DropSessionResponse: _TypeAlias = DropSessionResponse  # noqa: Y015
+
+@_typing.final
+class ExplainSessionRequest(_message.Message):
+    """See AdminService.ExplainSession."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainSessionRequest: _TypeAlias = ExplainSessionRequest  # noqa: Y015
+
+@_typing.final
+class ExplainSessionResponse(_message.Message):
+    """See AdminService.ExplainSession."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """The policy in force."""
+    reason: _builtins.str
+    """Why it last did what it did about the session, in a few words. Empty: it
+    was not asked yet.
+    """
+    @_builtins.property
+    def session(self) -> _types_pb2.Session:
+        """The session, as it is now."""
+
+    @_builtins.property
+    def costs(self) -> Global___DecisionCosts:
+        """What it weighs. Unset: it weighs nothing, or no worker holds the session."""
+
+    @_builtins.property
+    def forecast(self) -> Global___WakeForecast:
+        """When the session is expected to wake. Unset: as for costs."""
+
+    def __init__(
+        self,
+        *,
+        session: _types_pb2.Session | None = ...,
+        policy: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        costs: Global___DecisionCosts | None = ...,
+        forecast: Global___WakeForecast | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "forecast", b"forecast", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "forecast", b"forecast", "policy", b"policy", "reason", b"reason", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainSessionResponse: _TypeAlias = ExplainSessionResponse  # noqa: Y015
+
+@_typing.final
+class DecisionCosts(_message.Message):
+    """What each choice about a session's KV costs, in seconds of delay that it is
+    expected to bring, added up over all agents; docs/policies.md has the model.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEST_FIELD_NUMBER: _builtins.int
+    KEEP_SECONDS_FIELD_NUMBER: _builtins.int
+    EVICT_SECONDS_FIELD_NUMBER: _builtins.int
+    DROP_SECONDS_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    DEVICE_PRESSURE_FIELD_NUMBER: _builtins.int
+    HOST_PRESSURE_FIELD_NUMBER: _builtins.int
+    MIDDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    best: Global___KvChoice.ValueType
+    """What costs least."""
+    keep_seconds: _builtins.float
+    """Cost of keeping."""
+    evict_seconds: _builtins.float
+    """Cost of evicting."""
+    drop_seconds: _builtins.float
+    """Cost of dropping."""
+    load_seconds: _builtins.float
+    """To load all of its blocks."""
+    prefill_seconds: _builtins.float
+    """To compute all of its context."""
+    device_pressure: _builtins.float
+    """How far the device pool is short of room, from 0 to 1."""
+    host_pressure: _builtins.float
+    """How far the host pool is."""
+    middle_seconds: _builtins.float
+    """Mean time until the middle one of its worker's sessions that are away
+    wakes.
+    """
+    measured: _builtins.bool
+    """False if a speed is assumed, because the worker has not measured it yet."""
+    def __init__(
+        self,
+        *,
+        best: Global___KvChoice.ValueType = ...,
+        keep_seconds: _builtins.float = ...,
+        evict_seconds: _builtins.float = ...,
+        drop_seconds: _builtins.float = ...,
+        load_seconds: _builtins.float = ...,
+        prefill_seconds: _builtins.float = ...,
+        device_pressure: _builtins.float = ...,
+        host_pressure: _builtins.float = ...,
+        middle_seconds: _builtins.float = ...,
+        measured: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "device_pressure", b"device_pressure", "drop_seconds", b"drop_seconds", "evict_seconds", b"evict_seconds", "host_pressure", b"host_pressure", "keep_seconds", b"keep_seconds", "load_seconds", b"load_seconds", "measured", b"measured", "middle_seconds", b"middle_seconds", "prefill_seconds", b"prefill_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecisionCosts: _TypeAlias = DecisionCosts  # noqa: Y015
+
+@_typing.final
+class WakeForecast(_message.Message):
+    """When a session is expected to wake, given how long it has waited."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    WAITED_SECONDS_FIELD_NUMBER: _builtins.int
+    REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    EARLY_SECONDS_FIELD_NUMBER: _builtins.int
+    MEDIAN_SECONDS_FIELD_NUMBER: _builtins.int
+    LATE_SECONDS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """What it rests on: "hint", "tool", "population" or "silence". Empty: nothing
+    is known.
+    """
+    waited_seconds: _builtins.float
+    """For how long it has waited."""
+    remaining_seconds: _builtins.float
+    """Mean time until it wakes."""
+    early_seconds: _builtins.float
+    """One in ten will have woken by then, from now."""
+    median_seconds: _builtins.float
+    """Half of them will."""
+    late_seconds: _builtins.float
+    """Nine in ten will."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        waited_seconds: _builtins.float = ...,
+        remaining_seconds: _builtins.float = ...,
+        early_seconds: _builtins.float = ...,
+        median_seconds: _builtins.float = ...,
+        late_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_seconds", b"early_seconds", "late_seconds", b"late_seconds", "median_seconds", b"median_seconds", "remaining_seconds", b"remaining_seconds", "source", b"source", "waited_seconds", b"waited_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeForecast: _TypeAlias = WakeForecast  # noqa: Y015
 
 @_typing.final
 class DrainWorkerRequest(_message.Message):

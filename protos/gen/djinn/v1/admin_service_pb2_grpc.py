@@ -55,6 +55,11 @@ class AdminServiceStub:
                 request_serializer=djinn_dot_v1_dot_admin__service__pb2.DropSessionRequest.SerializeToString,
                 response_deserializer=djinn_dot_v1_dot_admin__service__pb2.DropSessionResponse.FromString,
                 _registered_method=True)
+        self.ExplainSession = channel.unary_unary(
+                '/djinn.v1.AdminService/ExplainSession',
+                request_serializer=djinn_dot_v1_dot_admin__service__pb2.ExplainSessionRequest.SerializeToString,
+                response_deserializer=djinn_dot_v1_dot_admin__service__pb2.ExplainSessionResponse.FromString,
+                _registered_method=True)
         self.DrainWorker = channel.unary_unary(
                 '/djinn.v1.AdminService/DrainWorker',
                 request_serializer=djinn_dot_v1_dot_admin__service__pb2.DrainWorkerRequest.SerializeToString,
@@ -100,6 +105,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainSession(self, request, context):
+        """Says why a session's KV is where it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainWorker(self, request, context):
         """Stops placing sessions on a worker, or starts again.
         """
@@ -136,6 +148,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DropSession,
                     request_deserializer=djinn_dot_v1_dot_admin__service__pb2.DropSessionRequest.FromString,
                     response_serializer=djinn_dot_v1_dot_admin__service__pb2.DropSessionResponse.SerializeToString,
+            ),
+            'ExplainSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainSession,
+                    request_deserializer=djinn_dot_v1_dot_admin__service__pb2.ExplainSessionRequest.FromString,
+                    response_serializer=djinn_dot_v1_dot_admin__service__pb2.ExplainSessionResponse.SerializeToString,
             ),
             'DrainWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainWorker,
@@ -257,6 +274,33 @@ class AdminService:
             '/djinn.v1.AdminService/DropSession',
             djinn_dot_v1_dot_admin__service__pb2.DropSessionRequest.SerializeToString,
             djinn_dot_v1_dot_admin__service__pb2.DropSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/djinn.v1.AdminService/ExplainSession',
+            djinn_dot_v1_dot_admin__service__pb2.ExplainSessionRequest.SerializeToString,
+            djinn_dot_v1_dot_admin__service__pb2.ExplainSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class AdminServiceStub:
     """Restores a session now and waits until it is done."""
     DropSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DropSessionRequest, _admin_service_pb2.DropSessionResponse]
     """Drops a session to its tokens now."""
+    ExplainSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainSessionRequest, _admin_service_pb2.ExplainSessionResponse]
+    """Says why a session's KV is where it is."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DrainWorkerRequest, _admin_service_pb2.DrainWorkerResponse]
     """Stops placing sessions on a worker, or starts again."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetStatsRequest, _admin_service_pb2.GetStatsResponse]
@@ -63,6 +65,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Restores a session now and waits until it is done."""
     DropSession: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DropSessionRequest, _admin_service_pb2.DropSessionResponse]  # type: ignore[assignment]
     """Drops a session to its tokens now."""
+    ExplainSession: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainSessionRequest, _admin_service_pb2.ExplainSessionResponse]  # type: ignore[assignment]
+    """Says why a session's KV is where it is."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DrainWorkerRequest, _admin_service_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """Stops placing sessions on a worker, or starts again."""
     GetStats: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetStatsRequest, _admin_service_pb2.GetStatsResponse]  # type: ignore[assignment]
@@ -104,6 +108,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.DropSessionResponse, _abc.Awaitable[_admin_service_pb2.DropSessionResponse]]:
         """Drops a session to its tokens now."""
+
+    @_abc_1.abstractmethod
+    def ExplainSession(
+        self,
+        request: _admin_service_pb2.ExplainSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ExplainSessionResponse, _abc.Awaitable[_admin_service_pb2.ExplainSessionResponse]]:
+        """Says why a session's KV is where it is."""
 
     @_abc_1.abstractmethod
     def DrainWorker(

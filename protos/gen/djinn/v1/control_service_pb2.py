@@ -28,17 +28,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64jinn/v1/control_service.proto\x12\x08\x64jinn.v1\x1a\x14\x64jinn/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xef\x01\n\x0e\x43onnectRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.djinn.v1.HelloH\x00\x12#\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x14.djinn.v1.CommandAckH\x00\x12)\n\x06result\x18\x03 \x01(\x0b\x32\x17.djinn.v1.CommandResultH\x00\x12/\n\rsession_event\x18\x04 \x01(\x0b\x32\x16.djinn.v1.SessionEventH\x00\x12/\n\rmemory_report\x18\x05 \x01(\x0b\x32\x16.djinn.v1.MemoryReportH\x00\x42\t\n\x07message\"h\n\x0f\x43onnectResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.djinn.v1.WelcomeH\x00\x12$\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x11.djinn.v1.CommandH\x00\x42\t\n\x07message\"\xf8\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0eincarnation_id\x18\x02 \x01(\t\x12\x1b\n\x13\x61\x64vertised_endpoint\x18\x03 \x01(\t\x12\"\n\x05model\x18\x04 \x01(\x0b\x32\x13.djinn.v1.ModelInfo\x12*\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x18.djinn.v1.WorkerCapacity\x12+\n\x08snapshot\x18\x06 \x03(\x0b\x32\x19.djinn.v1.SessionSnapshot\x12\x18\n\x10metrics_endpoint\x18\x07 \x01(\t\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"t\n\x0eWorkerCapacity\x12\x15\n\rdevice_blocks\x18\x01 \x01(\x03\x12\x13\n\x0bhost_blocks\x18\x02 \x01(\x03\x12\x1d\n\x15max_running_sequences\x18\x03 \x01(\x05\x12\x17\n\x0fmax_step_tokens\x18\x04 \x01(\x05\"\xda\x01\n\x0fSessionSnapshot\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x03\x12!\n\x02kv\x18\x04 \x01(\x0b\x32\x15.djinn.v1.KvResidency\x12\x12\n\ngenerating\x18\x05 \x01(\x08\x12\x18\n\x10scheduler_record\x18\x06 \x01(\x0c\x12\x36\n\x12last_generate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"V\n\x07Welcome\x12\x17\n\x0fscheduler_epoch\x18\x01 \x01(\t\x12\x32\n\x0freport_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8f\x04\n\x07\x43ommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_generation\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12,\n\x08\x64\x65\x61\x64line\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x1d\n\x10scheduler_record\x18\x06 \x01(\x0cH\x02\x88\x01\x01\x12$\n\x04open\x18\x07 \x01(\x0b\x32\x14.djinn.v1.OpenActionH\x00\x12&\n\x05\x63lose\x18\x08 \x01(\x0b\x32\x15.djinn.v1.CloseActionH\x00\x12&\n\x05\x65vict\x18\t \x01(\x0b\x32\x15.djinn.v1.EvictActionH\x00\x12*\n\x07restore\x18\n \x01(\x0b\x32\x17.djinn.v1.RestoreActionH\x00\x12,\n\x08prefetch\x18\x0b \x01(\x0b\x32\x18.djinn.v1.PrefetchActionH\x00\x12$\n\x04\x64rop\x18\x0c \x01(\x0b\x32\x14.djinn.v1.DropActionH\x00\x12+\n\x08set_hint\x18\r \x01(\x0b\x32\x17.djinn.v1.SetHintActionH\x00\x42\x08\n\x06\x61\x63tionB\x16\n\x14_expected_generationB\x13\n\x11_scheduler_record\"2\n\nOpenAction\x12\x12\n\ncache_salt\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\"\r\n\x0b\x43loseAction\"h\n\x0b\x45victAction\x12!\n\x04mode\x18\x01 \x01(\x0e\x32\x13.djinn.v1.EvictMode\x12\x36\n\x12\x65xpected_wake_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rRestoreAction\"\x10\n\x0ePrefetchAction\"\x0c\n\nDropAction\"k\n\rSetHintAction\x12\x36\n\x12\x65xpected_wake_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08priority\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_priority\" \n\nCommandAck\x12\x12\n\ncommand_id\x18\x01 \x01(\t\"\xbb\x02\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x13\n\x0bmoved_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cmoved_blocks\x18\x05 \x01(\x03\x12\x17\n\x0fresident_blocks\x18\x06 \x01(\x03\x12\x30\n\rcopy_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\ngeneration\x18\t \x01(\x03\x12!\n\x02kv\x18\n \x01(\x0b\x32\x15.djinn.v1.KvResidency\"\x94\x01\n\x0cSessionEvent\x12(\n\x04type\x18\x01 \x01(\x0e\x32\x1a.djinn.v1.SessionEventType\x12*\n\x07session\x18\x02 \x01(\x0b\x32\x19.djinn.v1.SessionSnapshot\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf7\x02\n\x0cMemoryReport\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12\"\n\x04host\x18\x02 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12*\n\x08\x63ounters\x18\x03 \x01(\x0b\x32\x18.djinn.v1.WorkerCounters\x12\x19\n\x11running_sequences\x18\x04 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x05 \x01(\x05\x12\x10\n\x08sessions\x18\x06 \x01(\x05\x12\x35\n\x12mean_step_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15load_bytes_per_second\x18\x08 \x01(\x01\x12!\n\x19prefill_tokens_per_second\x18\t \x01(\x01\x12\x17\n\x0floads_in_flight\x18\n \x01(\x05\x12\x18\n\x10stores_in_flight\x18\x0b \x01(\x05*j\n\tEvictMode\x12\x1a\n\x16\x45VICT_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VICT_MODE_LAZY\x10\x01\x12\x16\n\x12\x45VICT_MODE_RELEASE\x10\x02\x12\x14\n\x10\x45VICT_MODE_SCRUB\x10\x03*\x8a\x02\n\x10SessionEventType\x12\"\n\x1eSESSION_EVENT_TYPE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aSESSION_EVENT_TYPE_CREATED\x10\x01\x12\'\n#SESSION_EVENT_TYPE_GENERATE_STARTED\x10\x02\x12(\n$SESSION_EVENT_TYPE_GENERATE_FINISHED\x10\x03\x12\x1e\n\x1aSESSION_EVENT_TYPE_EVICTED\x10\x04\x12\x1f\n\x1bSESSION_EVENT_TYPE_RESTORED\x10\x05\x12\x1e\n\x1aSESSION_EVENT_TYPE_DROPPED\x10\x06\x32Z\n\x14WorkerControlService\x12\x42\n\x07\x43onnect\x12\x18.djinn.v1.ConnectRequest\x1a\x19.djinn.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64jinn/v1/control_service.proto\x12\x08\x64jinn.v1\x1a\x14\x64jinn/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xef\x01\n\x0e\x43onnectRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.djinn.v1.HelloH\x00\x12#\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x14.djinn.v1.CommandAckH\x00\x12)\n\x06result\x18\x03 \x01(\x0b\x32\x17.djinn.v1.CommandResultH\x00\x12/\n\rsession_event\x18\x04 \x01(\x0b\x32\x16.djinn.v1.SessionEventH\x00\x12/\n\rmemory_report\x18\x05 \x01(\x0b\x32\x16.djinn.v1.MemoryReportH\x00\x42\t\n\x07message\"h\n\x0f\x43onnectResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.djinn.v1.WelcomeH\x00\x12$\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x11.djinn.v1.CommandH\x00\x42\t\n\x07message\"\xf8\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0eincarnation_id\x18\x02 \x01(\t\x12\x1b\n\x13\x61\x64vertised_endpoint\x18\x03 \x01(\t\x12\"\n\x05model\x18\x04 \x01(\x0b\x32\x13.djinn.v1.ModelInfo\x12*\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x18.djinn.v1.WorkerCapacity\x12+\n\x08snapshot\x18\x06 \x03(\x0b\x32\x19.djinn.v1.SessionSnapshot\x12\x18\n\x10metrics_endpoint\x18\x07 \x01(\t\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"t\n\x0eWorkerCapacity\x12\x15\n\rdevice_blocks\x18\x01 \x01(\x03\x12\x13\n\x0bhost_blocks\x18\x02 \x01(\x03\x12\x1d\n\x15max_running_sequences\x18\x03 \x01(\x05\x12\x17\n\x0fmax_step_tokens\x18\x04 \x01(\x05\"\xda\x01\n\x0fSessionSnapshot\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x03\x12!\n\x02kv\x18\x04 \x01(\x0b\x32\x15.djinn.v1.KvResidency\x12\x12\n\ngenerating\x18\x05 \x01(\x08\x12\x18\n\x10scheduler_record\x18\x06 \x01(\x0c\x12\x36\n\x12last_generate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"z\n\x07Welcome\x12\x17\n\x0fscheduler_epoch\x18\x01 \x01(\t\x12\x32\n\x0freport_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x04mode\x18\x03 \x01(\x0b\x32\x14.djinn.v1.WorkerMode\"L\n\nWorkerMode\x12\x15\n\rwrite_through\x18\x01 \x01(\x08\x12\x0f\n\x07offload\x18\x02 \x01(\x08\x12\x16\n\x0eshare_prefixes\x18\x03 \x01(\x08\"\x9d\x04\n\x07\x43ommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12 \n\x13\x65xpected_generation\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x1d\n\x10scheduler_record\x18\x06 \x01(\x0cH\x02\x88\x01\x01\x12$\n\x04open\x18\x07 \x01(\x0b\x32\x14.djinn.v1.OpenActionH\x00\x12&\n\x05\x63lose\x18\x08 \x01(\x0b\x32\x15.djinn.v1.CloseActionH\x00\x12&\n\x05\x65vict\x18\t \x01(\x0b\x32\x15.djinn.v1.EvictActionH\x00\x12*\n\x07restore\x18\n \x01(\x0b\x32\x17.djinn.v1.RestoreActionH\x00\x12,\n\x08prefetch\x18\x0b \x01(\x0b\x32\x18.djinn.v1.PrefetchActionH\x00\x12$\n\x04\x64rop\x18\x0c \x01(\x0b\x32\x14.djinn.v1.DropActionH\x00\x12+\n\x08set_hint\x18\r \x01(\x0b\x32\x17.djinn.v1.SetHintActionH\x00\x12*\n\x07timeout\x18\x0e \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06\x61\x63tionB\x16\n\x14_expected_generationB\x13\n\x11_scheduler_recordJ\x04\x08\x04\x10\x05R\x08\x64\x65\x61\x64line\"2\n\nOpenAction\x12\x12\n\ncache_salt\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\"\r\n\x0b\x43loseAction\"h\n\x0b\x45victAction\x12!\n\x04mode\x18\x01 \x01(\x0e\x32\x13.djinn.v1.EvictMode\x12\x36\n\x12\x65xpected_wake_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x0f\n\rRestoreAction\"\x10\n\x0ePrefetchAction\"\x0c\n\nDropAction\"k\n\rSetHintAction\x12\x36\n\x12\x65xpected_wake_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08priority\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_priority\" \n\nCommandAck\x12\x12\n\ncommand_id\x18\x01 \x01(\t\"\xbb\x02\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x13\n\x0bmoved_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cmoved_blocks\x18\x05 \x01(\x03\x12\x17\n\x0fresident_blocks\x18\x06 \x01(\x03\x12\x30\n\rcopy_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\ngeneration\x18\t \x01(\x03\x12!\n\x02kv\x18\n \x01(\x0b\x32\x15.djinn.v1.KvResidency\"\x94\x01\n\x0cSessionEvent\x12(\n\x04type\x18\x01 \x01(\x0e\x32\x1a.djinn.v1.SessionEventType\x12*\n\x07session\x18\x02 \x01(\x0b\x32\x19.djinn.v1.SessionSnapshot\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf7\x02\n\x0cMemoryReport\x12$\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12\"\n\x04host\x18\x02 \x01(\x0b\x32\x14.djinn.v1.PoolReport\x12*\n\x08\x63ounters\x18\x03 \x01(\x0b\x32\x18.djinn.v1.WorkerCounters\x12\x19\n\x11running_sequences\x18\x04 \x01(\x05\x12\x18\n\x10waiting_requests\x18\x05 \x01(\x05\x12\x10\n\x08sessions\x18\x06 \x01(\x05\x12\x35\n\x12mean_step_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15load_bytes_per_second\x18\x08 \x01(\x01\x12!\n\x19prefill_tokens_per_second\x18\t \x01(\x01\x12\x17\n\x0floads_in_flight\x18\n \x01(\x05\x12\x18\n\x10stores_in_flight\x18\x0b \x01(\x05*j\n\tEvictMode\x12\x1a\n\x16\x45VICT_MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VICT_MODE_LAZY\x10\x01\x12\x16\n\x12\x45VICT_MODE_RELEASE\x10\x02\x12\x14\n\x10\x45VICT_MODE_SCRUB\x10\x03*\x8a\x02\n\x10SessionEventType\x12\"\n\x1eSESSION_EVENT_TYPE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aSESSION_EVENT_TYPE_CREATED\x10\x01\x12\'\n#SESSION_EVENT_TYPE_GENERATE_STARTED\x10\x02\x12(\n$SESSION_EVENT_TYPE_GENERATE_FINISHED\x10\x03\x12\x1e\n\x1aSESSION_EVENT_TYPE_EVICTED\x10\x04\x12\x1f\n\x1bSESSION_EVENT_TYPE_RESTORED\x10\x05\x12\x1e\n\x1aSESSION_EVENT_TYPE_DROPPED\x10\x06\x32Z\n\x14WorkerControlService\x12\x42\n\x07\x43onnect\x12\x18.djinn.v1.ConnectRequest\x1a\x19.djinn.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'djinn.v1.control_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVICTMODE']._serialized_start=2924
-  _globals['_EVICTMODE']._serialized_end=3030
-  _globals['_SESSIONEVENTTYPE']._serialized_start=3033
-  _globals['_SESSIONEVENTTYPE']._serialized_end=3299
+  _globals['_EVICTMODE']._serialized_start=3052
+  _globals['_EVICTMODE']._serialized_end=3158
+  _globals['_SESSIONEVENTTYPE']._serialized_start=3161
+  _globals['_SESSIONEVENTTYPE']._serialized_end=3427
   _globals['_CONNECTREQUEST']._serialized_start=157
   _globals['_CONNECTREQUEST']._serialized_end=396
   _globals['_CONNECTRESPONSE']._serialized_start=398
@@ -50,31 +50,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONSNAPSHOT']._serialized_start=874
   _globals['_SESSIONSNAPSHOT']._serialized_end=1092
   _globals['_WELCOME']._serialized_start=1094
-  _globals['_WELCOME']._serialized_end=1180
-  _globals['_COMMAND']._serialized_start=1183
-  _globals['_COMMAND']._serialized_end=1710
-  _globals['_OPENACTION']._serialized_start=1712
-  _globals['_OPENACTION']._serialized_end=1762
-  _globals['_CLOSEACTION']._serialized_start=1764
-  _globals['_CLOSEACTION']._serialized_end=1777
-  _globals['_EVICTACTION']._serialized_start=1779
-  _globals['_EVICTACTION']._serialized_end=1883
-  _globals['_RESTOREACTION']._serialized_start=1885
-  _globals['_RESTOREACTION']._serialized_end=1900
-  _globals['_PREFETCHACTION']._serialized_start=1902
-  _globals['_PREFETCHACTION']._serialized_end=1918
-  _globals['_DROPACTION']._serialized_start=1920
-  _globals['_DROPACTION']._serialized_end=1932
-  _globals['_SETHINTACTION']._serialized_start=1934
-  _globals['_SETHINTACTION']._serialized_end=2041
-  _globals['_COMMANDACK']._serialized_start=2043
-  _globals['_COMMANDACK']._serialized_end=2075
-  _globals['_COMMANDRESULT']._serialized_start=2078
-  _globals['_COMMANDRESULT']._serialized_end=2393
-  _globals['_SESSIONEVENT']._serialized_start=2396
-  _globals['_SESSIONEVENT']._serialized_end=2544
-  _globals['_MEMORYREPORT']._serialized_start=2547
-  _globals['_MEMORYREPORT']._serialized_end=2922
-  _globals['_WORKERCONTROLSERVICE']._serialized_start=3301
-  _globals['_WORKERCONTROLSERVICE']._serialized_end=3391
+  _globals['_WELCOME']._serialized_end=1216
+  _globals['_WORKERMODE']._serialized_start=1218
+  _globals['_WORKERMODE']._serialized_end=1294
+  _globals['_COMMAND']._serialized_start=1297
+  _globals['_COMMAND']._serialized_end=1838
+  _globals['_OPENACTION']._serialized_start=1840
+  _globals['_OPENACTION']._serialized_end=1890
+  _globals['_CLOSEACTION']._serialized_start=1892
+  _globals['_CLOSEACTION']._serialized_end=1905
+  _globals['_EVICTACTION']._serialized_start=1907
+  _globals['_EVICTACTION']._serialized_end=2011
+  _globals['_RESTOREACTION']._serialized_start=2013
+  _globals['_RESTOREACTION']._serialized_end=2028
+  _globals['_PREFETCHACTION']._serialized_start=2030
+  _globals['_PREFETCHACTION']._serialized_end=2046
+  _globals['_DROPACTION']._serialized_start=2048
+  _globals['_DROPACTION']._serialized_end=2060
+  _globals['_SETHINTACTION']._serialized_start=2062
+  _globals['_SETHINTACTION']._serialized_end=2169
+  _globals['_COMMANDACK']._serialized_start=2171
+  _globals['_COMMANDACK']._serialized_end=2203
+  _globals['_COMMANDRESULT']._serialized_start=2206
+  _globals['_COMMANDRESULT']._serialized_end=2521
+  _globals['_SESSIONEVENT']._serialized_start=2524
+  _globals['_SESSIONEVENT']._serialized_end=2672
+  _globals['_MEMORYREPORT']._serialized_start=2675
+  _globals['_MEMORYREPORT']._serialized_end=3050
+  _globals['_WORKERCONTROLSERVICE']._serialized_start=3429
+  _globals['_WORKERCONTROLSERVICE']._serialized_end=3519
 # @@protoc_insertion_point(module_scope)

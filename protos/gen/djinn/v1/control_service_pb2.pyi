@@ -325,25 +325,68 @@ class Welcome(_message.Message):
 
     SCHEDULER_EPOCH_FIELD_NUMBER: _builtins.int
     REPORT_INTERVAL_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     scheduler_epoch: _builtins.str
     """Names the scheduler process."""
     @_builtins.property
     def report_interval(self) -> _duration_pb2.Duration:
         """How often to send MemoryReport. Unset: every second."""
 
+    @_builtins.property
+    def mode(self) -> Global___WorkerMode:
+        """How to serve. Unset: as the worker was told at its start."""
+
     def __init__(
         self,
         *,
         scheduler_epoch: _builtins.str = ...,
         report_interval: _duration_pb2.Duration | None = ...,
+        mode: Global___WorkerMode | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["report_interval", b"report_interval"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "report_interval", b"report_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["report_interval", b"report_interval", "scheduler_epoch", b"scheduler_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "report_interval", b"report_interval", "scheduler_epoch", b"scheduler_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class WorkerMode(_message.Message):
+    """How a worker is to serve, so that other systems' ways can be compared with
+    Djinn's in the same engine. It narrows what the worker was told at its start
+    and never widens it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITE_THROUGH_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
+    SHARE_PREFIXES_FIELD_NUMBER: _builtins.int
+    write_through: _builtins.bool
+    """Blocks are copied to the host as soon as they are full; false: only when
+    their session is evicted.
+    """
+    offload: _builtins.bool
+    """What is evicted keeps a copy on the host; false: it is forgotten as by a
+    Drop, and computed again.
+    """
+    share_prefixes: _builtins.bool
+    """Sessions share the blocks of equal prefixes."""
+    def __init__(
+        self,
+        *,
+        write_through: _builtins.bool = ...,
+        offload: _builtins.bool = ...,
+        share_prefixes: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offload", b"offload", "share_prefixes", b"share_prefixes", "write_through", b"write_through"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerMode: _TypeAlias = WorkerMode  # noqa: Y015
 
 @_typing.final
 class Command(_message.Message):
@@ -354,7 +397,6 @@ class Command(_message.Message):
     COMMAND_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
-    DEADLINE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     SCHEDULER_RECORD_FIELD_NUMBER: _builtins.int
     OPEN_FIELD_NUMBER: _builtins.int
@@ -364,6 +406,7 @@ class Command(_message.Message):
     PREFETCH_FIELD_NUMBER: _builtins.int
     DROP_FIELD_NUMBER: _builtins.int
     SET_HINT_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
     """Unique. A repeated id is not done again: it gets the first one's result."""
     session_id: _builtins.str
@@ -376,10 +419,6 @@ class Command(_message.Message):
     """W3C trace context of what caused the command. Empty: none."""
     scheduler_record: _builtins.bytes
     """Replaces the session's record. Unset: it stays."""
-    @_builtins.property
-    def deadline(self) -> _timestamp_pb2.Timestamp:
-        """After this the worker need not begin. Unset: none."""
-
     @_builtins.property
     def open(self) -> Global___OpenAction:
         """Make the session known."""
@@ -408,13 +447,18 @@ class Command(_message.Message):
     def set_hint(self) -> Global___SetHintAction:
         """Only tell what is expected of it."""
 
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """How long the worker has to begin, counted from its receipt of the command,
+        so that the two clocks need not agree; above 0. Unset: any time.
+        """
+
     def __init__(
         self,
         *,
         command_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
         expected_generation: _builtins.int | None = ...,
-        deadline: _timestamp_pb2.Timestamp | None = ...,
         traceparent: _builtins.str = ...,
         scheduler_record: _builtins.bytes | None = ...,
         open: Global___OpenAction | None = ...,
@@ -424,10 +468,11 @@ class Command(_message.Message):
         prefetch: Global___PrefetchAction | None = ...,
         drop: Global___DropAction | None = ...,
         set_hint: Global___SetHintAction | None = ...,
+        timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "_scheduler_record", b"_scheduler_record", "action", b"action", "close", b"close", "deadline", b"deadline", "drop", b"drop", "evict", b"evict", "expected_generation", b"expected_generation", "open", b"open", "prefetch", b"prefetch", "restore", b"restore", "scheduler_record", b"scheduler_record", "set_hint", b"set_hint"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "_scheduler_record", b"_scheduler_record", "action", b"action", "close", b"close", "drop", b"drop", "evict", b"evict", "expected_generation", b"expected_generation", "open", b"open", "prefetch", b"prefetch", "restore", b"restore", "scheduler_record", b"scheduler_record", "set_hint", b"set_hint", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "_scheduler_record", b"_scheduler_record", "action", b"action", "close", b"close", "command_id", b"command_id", "deadline", b"deadline", "drop", b"drop", "evict", b"evict", "expected_generation", b"expected_generation", "open", b"open", "prefetch", b"prefetch", "restore", b"restore", "scheduler_record", b"scheduler_record", "session_id", b"session_id", "set_hint", b"set_hint", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation", "_scheduler_record", b"_scheduler_record", "action", b"action", "close", b"close", "command_id", b"command_id", "drop", b"drop", "evict", b"evict", "expected_generation", b"expected_generation", "open", b"open", "prefetch", b"prefetch", "restore", b"restore", "scheduler_record", b"scheduler_record", "session_id", b"session_id", "set_hint", b"set_hint", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_generation: _TypeAlias = _typing.Literal["expected_generation"]  # noqa: Y015
     _WhichOneofArgType__expected_generation: _TypeAlias = _typing.Literal["_expected_generation", b"_expected_generation"]  # noqa: Y015

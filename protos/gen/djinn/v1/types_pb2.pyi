@@ -124,6 +124,7 @@ class Session(_message.Message):
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Unique among all sessions; 1 to 128 characters of [A-Za-z0-9._:-]."""
     name: _builtins.str
@@ -166,6 +167,13 @@ class Session(_message.Message):
     def kv(self) -> Global___KvResidency:
         """Where its KV lies, as last reported by the worker."""
 
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the scheduler ends the session unless something is heard of it before,
+        on the scheduler's clock; docs/protocol.md says what counts. Unset: never,
+        or not while what it does now goes on.
+        """
+
     def __init__(
         self,
         *,
@@ -184,10 +192,11 @@ class Session(_message.Message):
         context_length: _builtins.int = ...,
         generation: _builtins.int = ...,
         kv: Global___KvResidency | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wake_time", b"expected_wake_time", "kv", b"kv", "open_time", b"open_time", "phase_time", b"phase_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wake_time", b"expected_wake_time", "expire_time", b"expire_time", "kv", b"kv", "open_time", b"open_time", "phase_time", b"phase_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "expected_wake_time", b"expected_wake_time", "generation", b"generation", "kv", b"kv", "name", b"name", "open_time", b"open_time", "phase", b"phase", "phase_sequence", b"phase_sequence", "phase_time", b"phase_time", "priority", b"priority", "session_id", b"session_id", "tenant_id", b"tenant_id", "tool_name", b"tool_name", "worker_endpoint", b"worker_endpoint", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "expected_wake_time", b"expected_wake_time", "expire_time", b"expire_time", "generation", b"generation", "kv", b"kv", "name", b"name", "open_time", b"open_time", "phase", b"phase", "phase_sequence", b"phase_sequence", "phase_time", b"phase_time", "priority", b"priority", "session_id", b"session_id", "tenant_id", b"tenant_id", "tool_name", b"tool_name", "worker_endpoint", b"worker_endpoint", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

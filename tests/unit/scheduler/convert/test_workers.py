@@ -42,21 +42,21 @@ from services.scheduler.domain import (
     ],
 )
 def test_every_action_can_be_sent(action, name):
-    message = convert.to_command(Command("id", "a", action)).command
+    message = convert.to_command(Command("id", "a", action), 90.0).command
     assert message.WhichOneof("action") == name
     assert (message.command_id, message.session_id) == ("id", "a")
     assert not message.HasField("expected_generation")
-    assert not message.HasField("deadline")
+    assert not message.HasField("timeout")
     assert not message.HasField("scheduler_record")
 
 
 def test_a_command_carries_all_it_has():
     action = Evict(EvictMode.RELEASE, 1234.5)
     command = Command("id", "a", action, 0, 99.25, "00-trace", b"")
-    message = convert.to_command(command).command
+    message = convert.to_command(command, 90.0).command
     assert message.HasField("expected_generation")
     assert message.expected_generation == 0
-    assert message.deadline.ToNanoseconds() == 99_250_000_000
+    assert message.timeout.ToNanoseconds() == 9_250_000_000
     assert message.traceparent == "00-trace"
     assert message.HasField("scheduler_record")
     assert message.evict.mode == pb.EVICT_MODE_RELEASE
@@ -64,10 +64,10 @@ def test_a_command_carries_all_it_has():
 
 
 def test_a_hint_tells_what_it_has():
-    message = convert.to_command(Command("id", "a", SetHint(5.0, 0))).command
+    message = convert.to_command(Command("id", "a", SetHint(5.0, 0)), 90.0).command
     assert message.set_hint.expected_wake_time.seconds == 5
     assert message.set_hint.HasField("priority")
-    assert not convert.to_command(Command("id", "a", SetHint())).command.set_hint.HasField(
+    assert not convert.to_command(Command("id", "a", SetHint()), 90.0).command.set_hint.HasField(
         "priority"
     )
 

@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 
 from services.common.errors import ConfigError
-from services.scheduler.domain import NO_KV, Phase, Residency
+from services.scheduler.domain import NO_KV, Phase, PoolState, Residency, WorkerMode
 from services.scheduler.policy.base import (
     Cause,
-    PolicyOptions,
     make_policy,
     moved_to_host,
     registry,
 )
-from services.scheduler.policy.view import NoSessions, SessionView, SystemView
+from services.scheduler.policy.options import PolicyOptions
+from services.scheduler.policy.room import UNLIMITED
+from services.scheduler.policy.view import NoSessions, SessionView, SystemView, WorkerView
 
 
 def session(**fields) -> SessionView:
@@ -25,7 +26,6 @@ def session(**fields) -> SessionView:
         "phase_since_s": 0.0,
         "tool_name": "",
         "expected_wake_s": None,
-        "early_wake_s": None,
         "worker_id": "w0",
         "connected": True,
         "generating": False,
@@ -41,19 +41,24 @@ def test_every_policy_is_found_by_its_own_name():
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"--policy nope.*reactive-lru, semantic"):
+    with pytest.raises(ConfigError, match=r"--policy nope.*reactive-lru, .*semantic, static, ttl"):
         make_policy("nope", PolicyOptions())
 
 
 @pytest.mark.parametrize("cause", list(Cause))
 @pytest.mark.parametrize("phase", list(Phase)[:3])
-def test_the_reactive_policy_commands_nothing(cause, phase):
-    policy = make_policy("reactive-lru", PolicyOptions())
+@pytest.mark.parametrize("name", ["reactive-lru", "reactive-recompute"])
+def test_the_reactive_policies_command_nothing(name, cause, phase):
+    policy = make_policy(name, PolicyOptions())
     assert not policy.uses_signals
     decision = policy.decide(cause, session(phase=phase), SystemView(), 100.0)
     assert not decision.commands
     assert decision.review_at_s is None
-    assert policy.on_tick(SystemView(), 100.0) == ()
+    worker = WorkerView("w0", "tiny", False, 1024, 16, PoolState(), PoolState())
+    assert not policy.fill(worker, SystemView())
+    assert not policy.relieve(worker, SystemView(), 100.0)
+    assert policy.room(worker) == UNLIMITED
+    assert policy.explain(session(), SystemView(), 100.0) is None
 
 
 @pytest.mark.parametrize(
@@ -77,4 +82,18 @@ def test_an_empty_system_has_no_sessions():
     assert sessions.get("a") is None
     assert list(sessions.in_phase(Phase.OPEN)) == []
     assert sessions.count(Phase.OPEN) == 0
+    assert list(sessions.away("w0")) == list(sessions.wanting("w0")) == []
+    assert sessions.middle_wake_s("w0") is None
+    assert sessions.prefetching("w0") == 0
     assert session().kv == NO_KV
+
+
+def test_each_policy_says_how_workers_are_to_serve():
+    modes = {name: kind.worker_mode for name, kind in registry().items()}
+    assert modes == {
+        "semantic": WorkerMode(),
+        "ttl": WorkerMode(),
+        "reactive-lru": WorkerMode(write_through=False),
+        "reactive-recompute": WorkerMode(write_through=False, offload=False),
+        "static": WorkerMode(write_through=False, offload=False, share_prefixes=False),
+    }

@@ -1,0 +1,1 @@
+"""The scheduler's own code in virtual time, against modelled workers and agents."""
