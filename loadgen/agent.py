@@ -16,8 +16,9 @@ from loadgen.record import (
     SignalRecord,
     ToolRecord,
 )
+from loadgen.shapes import ToolCall
 from loadgen.targets.base import AgentSession, Delta, Outcome, Target, TargetError
-from loadgen.workload import AgentPlan, ChatPrompt, Step, TokenPrompt, ToolCall
+from loadgen.workload import AgentPlan, ChatPrompt, Step, TokenPrompt
 
 CLOSE_TIMEOUT_S = 10.0
 SIGNAL_GRACE_S = 1.0
@@ -148,7 +149,10 @@ class AgentRun:
         self._state = state
 
     async def _end(self, session: AgentSession) -> float | None:
-        """Closes the session; returns when it was, or None if it could not be."""
+        """Closes the session; returns when it was, or None if it could not be.
+
+        An agent that abandons its session leaves it open: it is the server's to reap.
+        """
         signals = set(self._signals)
         if signals:
             # Their answers are part of the record, if they come soon.
@@ -156,6 +160,8 @@ class AgentRun:
         for task in signals:
             task.cancel()
         await asyncio.gather(*signals, return_exceptions=True)
+        if self._plan.abandons:
+            return None
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await session.close()
@@ -176,21 +182,33 @@ class AgentRun:
                 session.tool_ended()
                 self._emit(SignalRecord(self._plan.index, number, "COMPUTE", compute_s))
             await self._request(session, number, step, scheduled_s, compute_s)
+        if self._plan.abandons:
+            self._signal_wait(session, len(self._plan.steps), self._last_tool(), None)
+
+    def _last_tool(self) -> str:
+        call = self._plan.steps[-1].tool
+        return call.name if call is not None else "tool"
 
     async def _act(self, session: AgentSession, number: int, tool: ToolCall) -> float:
         """Runs a tool; returns when it was due to return."""
         start_s = self._clock.now()
-        due_s = start_s + tool.duration_s
-        answer = session.tool_started(tool.name, tool.duration_s if self._oracle else None)
-        # The tool does not wait for the scheduler's answer.
-        signal = asyncio.create_task(self._answered(answer, number, start_s))
-        self._signals.add(signal)
-        signal.add_done_callback(self._signals.discard)
+        due_s = tool.due_s(start_s)
+        self._signal_wait(session, number, tool.name, due_s - start_s if self._oracle else None)
         await self._clock.sleep_until(due_s)
         self._emit(
             ToolRecord(self._plan.index, number, tool.name, start_s, due_s, self._clock.now())
         )
         return due_s
+
+    def _signal_wait(
+        self, session: AgentSession, number: int, tool: str, expected_s: float | None
+    ) -> None:
+        """Says that a tool has started; the tool does not wait for the scheduler's answer."""
+        sent_s = self._clock.now()
+        answer = session.tool_started(tool, expected_s)
+        signal = asyncio.create_task(self._answered(answer, number, sent_s))
+        self._signals.add(signal)
+        signal.add_done_callback(self._signals.discard)
 
     async def _answered(self, answer: Awaitable[None], number: int, sent_s: float) -> None:
         failure: Failure | None = None

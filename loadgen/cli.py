@@ -1,4 +1,4 @@
-"""``djinn-loadgen``: run a workload, read a run again, verify a server, look at traces."""
+"""``djinn-loadgen``: run or simulate a workload, read a run again, verify a server, see traces."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loadgen import config, progress, report, runner, trace, verify
+from loadgen import (
+    compare,
+    config,
+    flags,
+    progress,
+    replay,
+    report,
+    runner,
+    simulate,
+    sweep,
+    trace,
+    verify,
+    workload,
+)
 from loadgen.errors import LoadgenError
-from loadgen.targets import registry
+from loadgen.spans import WAKE
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-DEFAULT_SERVER = "localhost:5556"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    given, passed_on = _split(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given)
+    arguments.passed_on = passed_on
     try:
         return int(arguments.command(arguments))
     except LoadgenError as error:
@@ -38,17 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
 
 
+def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns what is for this program, and what `simulate` passes on: all after ``--``."""
+    if "--" in given and given[0] == "simulate":
+        place = list(given).index("--")
+        return list(given[:place]), list(given[place + 1 :])
+    return list(given), []
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    overrides = dict(arguments.set)
-    if arguments.seed is not None:
-        overrides["workload.seed"] = str(arguments.seed)
+    overrides = flags.overrides(arguments)
     loaded = config.load(arguments.config, overrides)
     console = progress.console()
     # With --json standard output is the report alone.
     display = progress.make(progress.console(stderr=arguments.json), quiet=arguments.quiet)
     options = runner.RunOptions(
-        server=arguments.server,
+        server=flags.server(arguments),
         target=arguments.target,
+        openai=flags.openai(arguments),
         out=arguments.out,
         processes=arguments.processes,
         trace=arguments.trace,
@@ -105,7 +125,7 @@ def _trace(arguments: argparse.Namespace) -> int:
     files = trace.files_of(arguments.run, arguments.also)
     wakes = trace.slowest_wakes(trace.read(files), arguments.slowest)
     if not wakes:
-        raise LoadgenError(f"no {trace.WAKE} spans in {', '.join(map(str, files))}")
+        raise LoadgenError(f"no {WAKE} spans in {', '.join(map(str, files))}")
     console = progress.console()
     for number, spans in enumerate(wakes):
         if number:
@@ -114,27 +134,30 @@ def _trace(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _setting(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    return key, value
+def _export(arguments: argparse.Namespace) -> int:
+    loaded = config.load(arguments.config, flags.overrides(arguments))
+    simulate.check_lengths(loaded.workload, str(arguments.config))
+    for line in replay.write(workload.agent_shapes(loaded.workload)):
+        sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+    return EXIT_OK
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 0, got {text!r}")
-    return int(text)
+def _simulate(arguments: argparse.Namespace) -> int:
+    overrides = flags.overrides(arguments)
+    loaded = config.load(arguments.config, overrides)
+    options = simulate.SimulateOptions(
+        out=arguments.out,
+        workers=arguments.workers,
+        policy=arguments.policy,
+        params=arguments.params,
+        scheduler=arguments.scheduler,
+        more=tuple(arguments.passed_on),
+        config_file=str(arguments.config),
+        overrides=overrides,
+    )
+    folder = simulate.run(loaded, options)
+    return _present(folder, progress.console(), as_json=arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,22 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a workload and report on it")
-    run.add_argument("config", type=Path, help="workload file (YAML)")
-    run.add_argument("--server", default=DEFAULT_SERVER, help="host:port (%(default)s)")
-    run.add_argument(
-        "--target", default="djinn", choices=registry.NAMES, help="what is driven (%(default)s)"
-    )
+    flags.add_target(run)
     run.add_argument("--out", type=Path, help="the run's folder (runs/<time>-<name>)")
-    run.add_argument("--processes", type=_count, default=0, help="client processes (by agents)")
-    run.add_argument("--seed", type=_seed, help="in place of the workload's")
     run.add_argument(
-        "--set",
-        type=_setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a value in place of the file's, such as workload.total_agents=20",
+        "--processes", type=flags.count, default=0, help="client processes (by agents)"
     )
+    flags.add_workload(run)
     run.add_argument("--trace", action="store_true", help="write the client's spans to the folder")
     run.add_argument(
         "--record-tokens", action="store_true", help="write the ids of generated tokens down"
@@ -170,6 +183,35 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print the report as JSON")
     run.add_argument("--quiet", action="store_true", help="show no progress")
     run.set_defaults(command=_run)
+
+    simulated = commands.add_parser(
+        "simulate",
+        help="run a workload in virtual time, against a modelled server",
+        description="Runs a workload through the scheduler's own simulator and reports on it. What "
+        "follows -- goes to `djinn-scheduler simulate`, such as -- --policy-option prefetch=off.",
+    )
+    flags.add_workload(simulated)
+    simulated.add_argument("--workers", type=flags.count, default=1, help="modelled workers (1)")
+    simulated.add_argument("--policy", default="", help="the scheduler's policy (its default)")
+    simulated.add_argument("--params", default="", help="what a worker can do (its default)")
+    simulated.add_argument("--out", type=Path, help="the run's folder (runs/<time>-<name>)")
+    simulated.add_argument(
+        "--scheduler",
+        default=simulate.SCHEDULER,
+        metavar="PROGRAM",
+        help="the scheduler's program (%(default)s)",
+    )
+    simulated.add_argument("--json", action="store_true", help="print the report as JSON")
+    simulated.set_defaults(command=_simulate)
+
+    export = commands.add_parser(
+        "export", help="write a workload as a trace (JSON lines) to standard output"
+    )
+    flags.add_workload(export)
+    export.set_defaults(command=_export)
+
+    compare.add_parser(commands)
+    sweep.add_parser(commands)
 
     again = commands.add_parser("report", help="compute a run's report again")
     again.add_argument("run", type=Path, help="the run's folder")
@@ -179,15 +221,15 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "verify", help="compare a server's outputs with and without an evict and a restore"
     )
-    check.add_argument("--server", default=DEFAULT_SERVER, help="host:port (%(default)s)")
-    check.add_argument("--prompts", type=_count, default=4, help="prompts (%(default)s)")
+    check.add_argument("--server", default=flags.DEFAULT_SERVER, help="host:port (%(default)s)")
+    check.add_argument("--prompts", type=flags.count, default=4, help="prompts (%(default)s)")
     check.add_argument(
-        "--context-length", type=_count, default=256, help="tokens of each (%(default)s)"
+        "--context-length", type=flags.count, default=256, help="tokens of each (%(default)s)"
     )
     check.add_argument(
-        "--new-tokens", type=_count, default=16, help="tokens per generation (%(default)s)"
+        "--new-tokens", type=flags.count, default=16, help="tokens per generation (%(default)s)"
     )
-    check.add_argument("--seed", type=_seed, default=0, help="of the prompts (%(default)s)")
+    check.add_argument("--seed", type=flags.seed, default=0, help="of the prompts (%(default)s)")
     check.add_argument(
         "--out",
         type=Path,
@@ -198,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
 
     traces = commands.add_parser("trace", help="draw the slowest wakes of a run")
     traces.add_argument("run", type=Path, help="the run's folder, or a trace file")
-    traces.add_argument("--slowest", type=_count, default=5, help="how many (%(default)s)")
+    traces.add_argument("--slowest", type=flags.count, default=5, help="how many (%(default)s)")
     traces.add_argument(
         "--also", type=Path, action="append", default=[], help="another trace file, a server's say"
     )

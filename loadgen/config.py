@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 import yaml
 
+from loadgen import config_problems as problems
 from loadgen import expectations
 from loadgen.errors import WorkloadError
 
@@ -39,6 +40,42 @@ class Prompts(Enum):
     STORIES = "stories"
 
 
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One kind of tool call.
+
+    With `median_s`, durations are log-normal: half of them are longer than the median, and a few,
+    the more so the larger `sigma` is, very much longer. Without it they are uniform from `min_s` to
+    `max_s`.
+
+    Attributes:
+        name: As told to the server.
+        weight: How frequent it is among the tools.
+        median_s: Median of the duration in seconds.
+        sigma: Standard deviation of the duration's natural logarithm.
+        min_s: Shortest duration in seconds.
+        max_s: Longest duration in seconds; with `median_s`, None is no limit.
+    """
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    weight: PositiveFloat = 1.0
+    median_s: PositiveFloat | None = None
+    sigma: Seconds = 1.0
+    min_s: Seconds = 0.0
+    max_s: Seconds | None = None
+
+
+class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One of several tenants.
+
+    Attributes:
+        name: As told to the server.
+        weight: How many of the agents are its, relative to the others.
+    """
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    weight: PositiveFloat = 1.0
+
+
 class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a run is called.
 
@@ -54,8 +91,12 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Who arrives when, and what each agent does.
 
+    A file must have `total_agents`, `arrival_rate` and, unless it has `tools`, the two think times;
+    or else `replay`. Where a number has a counterpart that ends in ``_max``, each agent, or each
+    request, draws its own, every one between the two as likely.
+
     Attributes:
-        total_agents: Agents in the run.
+        total_agents: Agents in the run; of a replay, those of its trace.
         arrival_rate: Mean arrivals per second of the Poisson process.
         think_time_min: Shortest tool call in seconds.
         think_time_max: Longest tool call in seconds; durations are uniform between the two.
@@ -67,7 +108,20 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         seed: Decides arrivals, think times and prompts.
         mode: See `Mode`.
         prompts: See `Prompts`.
+        iterations_max: Most tool calls of an agent; None: `iterations`.
+        context_length_max: Most tokens of the first prompt; None: `context_length`.
+        tool_tokens_max: Most tokens of a tool's result; None: `tool_tokens`.
+        new_tokens_max: Most tokens generated per request; None: `new_tokens`.
+        context_limit: An agent ends before a request that would take its context beyond this.
         tool_name: The tool's name as told to the server.
+        tools: The tools, in place of `tool_name` and the think times.
+        tool_period_s: Tool calls end together: each at the next multiple of this after the run's
+            start; 0: each when its duration is over.
+        tenants: Whose the agents are; empty: `tenant`'s.
+        abandon_share: Share of the agents, 0 to 1, of which one tool call never returns: they say
+            nothing more and never close their session.
+        replay: A trace to do instead; see `loadgen.replay`. All of the above, but for `mode`, then
+            comes from there.
         oracle: Tell the server how long each tool call will take. No real client knows it, so the
             run is labelled.
         request_timeout_s: A request that takes longer has failed.
@@ -75,10 +129,10 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             earlier run.
     """
 
-    total_agents: PositiveCount
-    arrival_rate: PositiveFloat
-    think_time_min: Seconds
-    think_time_max: Seconds
+    total_agents: PositiveCount = 1
+    arrival_rate: PositiveFloat = 1.0
+    think_time_min: Seconds = 0.0
+    think_time_max: Seconds = 0.0
     new_tokens: PositiveCount = 50
     iterations: Count = 1
     context_length: PositiveCount = 1024
@@ -87,7 +141,17 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     seed: Count = 0
     mode: Mode = Mode.OPEN
     prompts: Prompts = Prompts.TOKENS
+    iterations_max: Count | None = None
+    context_length_max: PositiveCount | None = None
+    tool_tokens_max: PositiveCount | None = None
+    new_tokens_max: PositiveCount | None = None
+    context_limit: PositiveCount | None = None
     tool_name: str = "tool"
+    tools: tuple[Tool, ...] = ()
+    tool_period_s: Seconds = 0.0
+    tenants: tuple[Tenant, ...] = ()
+    abandon_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    replay: str = ""
     oracle: bool = False
     request_timeout_s: PositiveFloat = 600.0
     tenant: Annotated[str, msgspec.Meta(max_length=128)] = ""
@@ -127,6 +191,15 @@ def load(path: Path, overrides: dict[str, str] | None = None) -> RunConfig:
     except UnicodeDecodeError:
         raise WorkloadError(f"{path}: not UTF-8 text") from None
     config = parse(text, str(path), overrides)
+    if config.workload.replay:
+        # A trace's agents have workloads' types.
+        from loadgen import replay
+
+        trace = path.parent / config.workload.replay
+        workload = msgspec.structs.replace(
+            config.workload, replay=str(trace), total_agents=len(replay.read(trace))
+        )
+        config = msgspec.structs.replace(config, workload=workload)
     if config.experiment.name:
         return config
     named = msgspec.structs.replace(config.experiment, name=path.stem)
@@ -139,27 +212,62 @@ def parse(text: str, origin: str, overrides: dict[str, str] | None = None) -> Ru
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise WorkloadError(_yaml_problem(error, origin)) from None
+        raise WorkloadError(problems.yaml_problem(error, origin)) from None
     except (ValueError, RecursionError) as error:
         # Such as a date with a 13th month, or brackets without end.
         problem = str(error).splitlines()[0]
         raise WorkloadError(f"{origin}: not valid YAML: {problem}") from None
     if not isinstance(data, dict):
-        what = "nothing" if data is None else _describe(data)
+        what = "nothing" if data is None else problems.describe(data)
         raise WorkloadError(
             f"{origin}: expected a mapping with the key 'workload', got {what}",
         )
     lines: dict[str, int] = {}
-    _index(node, "", lines, origin)
+    problems.index(node, "", lines, origin)
     for key, value in (overrides or {}).items():
         _override(data, key, value)
         lines.pop(key, None)
     try:
         config = msgspec.convert(data, RunConfig)
     except msgspec.ValidationError as error:
-        raise WorkloadError(_validation_problem(error, data, lines, origin)) from None
+        text = problems.validation_problem(error, data, lines, origin, _KINDS)
+        raise WorkloadError(text) from None
+    _check_given(data["workload"], lines, origin)
     _check(config, lines, origin)
     return config
+
+
+_KINDS: dict[str, type] = {
+    "": RunConfig,
+    "experiment": Experiment,
+    "workload": Workload,
+    "workload.mode": Mode,
+    "workload.prompts": Prompts,
+    "workload.tenants": Tenant,
+    "workload.tools": Tool,
+}
+
+
+def _check_given(given: dict[str, object], lines: dict[str, int], origin: str) -> None:
+    """Checks that a workload says what has no default."""
+    if given.get("replay"):
+        return
+    needed = ["total_agents", "arrival_rate"]
+    if not given.get("tools"):
+        needed += ["think_time_min", "think_time_max"]
+    for name in needed:
+        if name not in given:
+            place = problems.place(origin, lines, "workload")
+            raise WorkloadError(f"{place}: workload.{name}: missing")
+
+
+_FINITE = (
+    "arrival_rate",
+    "think_time_min",
+    "think_time_max",
+    "request_timeout_s",
+    "tool_period_s",
+)
 
 
 def _check(config: RunConfig, lines: dict[str, int], origin: str) -> None:
@@ -167,9 +275,9 @@ def _check(config: RunConfig, lines: dict[str, int], origin: str) -> None:
     load = config.workload
 
     def refuse(key: str, problem: str) -> None:
-        raise WorkloadError(f"{_place(origin, lines, key)}: {key}: {problem}")
+        raise WorkloadError(f"{problems.place(origin, lines, key)}: {key}: {problem}")
 
-    for name in ("arrival_rate", "think_time_min", "think_time_max", "request_timeout_s"):
+    for name in _FINITE:
         if not math.isfinite(getattr(load, name)):
             refuse(f"workload.{name}", f"expected a finite number, got {getattr(load, name)}")
     if load.think_time_max < load.think_time_min:
@@ -183,6 +291,20 @@ def _check(config: RunConfig, lines: dict[str, int], origin: str) -> None:
             f"expected at most context_length ({load.context_length}), "
             f"got {load.shared_prefix_tokens}",
         )
+    for name in ("iterations", "context_length", "tool_tokens", "new_tokens"):
+        low, high = getattr(load, name), getattr(load, f"{name}_max")
+        if high is not None and high < low:
+            refuse(f"workload.{name}_max", f"expected at least {name} ({low}), got {high}")
+    if load.context_limit is not None:
+        first = (load.context_length_max or load.context_length) + (
+            load.new_tokens_max or load.new_tokens
+        )
+        if load.context_limit < first:
+            refuse(
+                "workload.context_limit",
+                f"expected at least {first}, got {load.context_limit}",
+            )
+    _check_tools(load, refuse)
     if not re.fullmatch(r"[A-Za-z0-9._ -]{0,100}", config.experiment.name):
         refuse(
             "experiment.name",
@@ -192,29 +314,28 @@ def _check(config: RunConfig, lines: dict[str, int], origin: str) -> None:
     for name, value in config.expected_results.items():
         key = f"expected_results.{name}"
         if not expectations.known(name):
-            refuse(key, f"unknown result{_hint(name, expectations.names())}")
+            refuse(key, f"unknown result{problems.hint(name, expectations.names())}")
         if not math.isfinite(value):
             refuse(key, f"expected a finite number, got {value}")
 
 
-def _yaml_problem(error: yaml.YAMLError, origin: str) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    place = f"{origin}:{mark.line + 1}" if mark is not None else origin
-    return f"{place}: not valid YAML: {problem}"
-
-
-def _index(node: yaml.Node | None, prefix: str, lines: dict[str, int], origin: str) -> None:
-    """Collects each key's line number, and refuses keys given twice, which YAML would merge."""
-    if not isinstance(node, yaml.MappingNode) or prefix.count(".") > _MAX_DEPTH:
-        return
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        line = key_node.start_mark.line + 1
-        if key in lines:
-            raise WorkloadError(f"{origin}:{line}: {key}: given twice, first in line {lines[key]}")
-        lines[key] = line
-        _index(value_node, f"{key}.", lines, origin)
+def _check_tools(load: Workload, refuse: Callable[[str, str], None]) -> None:
+    for number, tool in enumerate(load.tools):
+        key = f"workload.tools[{number}]"
+        if tool.max_s is None and tool.median_s is None:
+            refuse(key, "expected median_s or max_s")
+        if tool.max_s is not None and not tool.min_s <= tool.max_s < math.inf:
+            refuse(
+                f"{key}.max_s", f"expected at least min_s ({tool.min_s}), finite, got {tool.max_s}"
+            )
+        for name in ("weight", "median_s", "sigma", "min_s"):
+            value = getattr(tool, name)
+            if value is not None and not math.isfinite(value):
+                refuse(f"{key}.{name}", f"expected a finite number, got {value}")
+    for number, tenant in enumerate(load.tenants):
+        if not math.isfinite(tenant.weight):
+            key = f"workload.tenants[{number}].weight"
+            refuse(key, f"expected a finite number, got {tenant.weight}")
 
 
 def _override(data: dict[str, Any], key: str, value: str) -> None:
@@ -229,94 +350,3 @@ def _override(data: dict[str, Any], key: str, value: str) -> None:
         where[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise WorkloadError(f"--set {key}: not a valid value: {value!r}") from None
-
-
-_MAX_DEPTH = 8
-
-_AT = re.compile(r"^(?P<problem>.*?)(?: - at `(?P<key>key` in `)?\$?(?P<path>.*?)`)?$", re.DOTALL)
-_TYPE = re.compile(r"Expected `(?P<type>[^`]+)`(?P<bound> (?:>=|<=|>|<) \S+)?(?:, got `.*`)?")
-_TYPE_NAMES = {
-    "bool": "true or false",
-    "float": "a number",
-    "int": "a whole number",
-    "object": "a mapping",
-    "str": "text",
-}
-
-
-def _validation_problem(
-    error: msgspec.ValidationError, data: object, lines: dict[str, int], origin: str
-) -> str:
-    """Returns msgspec's error as ``file:line: key: what was expected and what was there``."""
-    match = _AT.match(str(error))
-    problem = match["problem"] if match else str(error)
-    path = ((match["path"] if match else "") or "").lstrip(".")
-    path = re.sub(r"\[(?:\.\.\.)?\]", "", path)
-    if match and match["key"]:
-        return f"{_place(origin, lines, path)}: {path or 'the file'}: a key is not text"
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem):
-        key = f"{path}.{unknown[1]}".lstrip(".")
-        hint = _hint(unknown[1], _fields(path))
-        return f"{_place(origin, lines, key)}: {key}: unknown key{hint}"
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", problem):
-        key = f"{path}.{missing[1]}".lstrip(".")
-        return f"{_place(origin, lines, path)}: {key}: missing"
-    key, value = _wrong_value(path, data)
-    if kind := {"workload.mode": Mode, "workload.prompts": Prompts}.get(path):
-        allowed = " or ".join(str(member.value) for member in kind)
-        return f"{_place(origin, lines, key)}: {key}: expected {allowed}, got {_describe(value)}"
-    expected = problem
-    if typed := _TYPE.match(problem):
-        bounds = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
-        expected = "expected " + " or ".join(
-            _TYPE_NAMES.get(name, name) for name in typed["type"].split(" | ")
-        )
-        if typed["bound"]:
-            sign, limit = typed["bound"].split()
-            expected += f", {bounds[sign]} {limit.rstrip('`')}"
-    return f"{_place(origin, lines, key)}: {key}: {expected}, got {_describe(value)}"
-
-
-def _wrong_value(path: str, data: object) -> tuple[str, object]:
-    value = data
-    for part in filter(None, path.split(".")):
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-    if path == "expected_results" and isinstance(value, dict):
-        # The path ends at a mapping of free keys: the wrong one is not named.
-        for name, entry in value.items():
-            if isinstance(entry, bool) or not isinstance(entry, int | float):
-                return f"{path}.{name}", entry
-    return path or "the file", value
-
-
-def _fields(path: str) -> tuple[str, ...]:
-    kinds = {"": RunConfig, "workload": Workload, "experiment": Experiment}
-    kind = kinds.get(path)
-    return kind.__struct_fields__ if kind else ()
-
-
-def _hint(name: str, allowed: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; known are {', '.join(allowed)}" if allowed else ""
-
-
-def _place(origin: str, lines: dict[str, int], key: str) -> str:
-    while key:
-        if key in lines:
-            return f"{origin}:{lines[key]}"
-        key = key.rpartition(".")[0]
-    return origin
-
-
-def _describe(value: object) -> str:
-    names = {bool: "", int: "", float: "", str: "", list: "a list", dict: "a mapping"}
-    if value is None:
-        return "nothing"
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return names.get(type(value)) or repr(value)

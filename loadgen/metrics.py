@@ -192,7 +192,7 @@ def latency_problem(info: RunInfo) -> str:
         worst = max(late, key=lambda lag: lag.p99_ms)
         return (
             f"event loop of client process {worst.process} was {worst.p99_ms:.1f} ms late at p99, "
-            f"limit {LAG_LIMIT_MS:g} ms"
+            f"limit {LAG_LIMIT_MS:g} ms; the kernel took its core away {worst.preemptions} times"
         )
     return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import resource
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -75,6 +76,11 @@ def _open_timer(first_ns: int, interval_ns: int) -> int:
     return timer
 
 
+def _preemptions() -> int:
+    """Returns how often the kernel has interrupted this thread in favour of another."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+
+
 class LagProbe:
     """Measures how late an event loop runs what is due.
 
@@ -93,11 +99,14 @@ class LagProbe:
         self._due_ns = 0
         self._lags_ns: list[int] = []
         self._timer: int | None = None
+        self._preemptions_before = 0
+        self._preemptions = 0
 
     def start(self) -> None:
         """Begins to measure the running loop."""
         self._due_ns = time.monotonic_ns() + self._interval_ns
         self._timer = _open_timer(self._due_ns, self._interval_ns)
+        self._preemptions_before = _preemptions()
         asyncio.get_running_loop().add_reader(self._timer, self._sample)
 
     def stop(self) -> LoopLag:
@@ -106,6 +115,7 @@ class LagProbe:
             asyncio.get_running_loop().remove_reader(self._timer)
             os.close(self._timer)
             self._timer = None
+            self._preemptions = _preemptions() - self._preemptions_before
         return self.summary()
 
     def summary(self) -> LoopLag:
@@ -119,6 +129,7 @@ class LagProbe:
             quantile(ordered, 0.50),
             quantile(ordered, 0.99),
             ordered[-1],
+            self._preemptions,
         )
 
     def _sample(self) -> None:

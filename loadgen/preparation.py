@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from loadgen import replay, shapes
 from loadgen.config import Prompts, Workload
 from loadgen.errors import LoadgenError, RunFileError
 from loadgen.record import REQUESTS_FILE
@@ -61,14 +62,20 @@ def check_fits(workload: Workload, info: TargetInfo, origin: str) -> None:
                 f"{origin}: workload.prompts: stories needs a chat template, and {model} has none"
             )
         return
-    needed = (
-        workload.context_length
-        + workload.iterations * workload.tool_tokens
-        + (workload.iterations + 1) * workload.new_tokens
-    )
-    if info.max_context_length and needed > info.max_context_length:
+    if not info.max_context_length:
+        return
+    if workload.replay:
+        agent = max(replay.read(Path(workload.replay)), key=lambda agent: agent.context_tokens)
+        if agent.context_tokens > info.max_context_length:
+            raise LoadgenError(
+                f"{workload.replay}: session {agent.name} grows to {agent.context_tokens} tokens, "
+                f"and the limit of {model} is {info.max_context_length}"
+            )
+        return
+    needed = shapes.most_tokens(workload)
+    if needed > info.max_context_length:
         raise LoadgenError(
             f"{origin}: agents grow to {needed} tokens (context_length + iterations * tool_tokens "
-            f"+ (iterations + 1) * new_tokens), and the limit of {model} is "
+            f"+ (iterations + 1) * new_tokens, at most context_limit), and the limit of {model} is "
             f"{info.max_context_length}"
         )

@@ -143,11 +143,15 @@ class PlainProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._next_s = PLAIN_INTERVAL_S
+        self._tally: Tally | None = None
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, tally: Tally) -> None:
+        if tally is not self._tally:
+            # Another run, whose time begins anew.
+            self._tally, self._next_s = tally, PLAIN_INTERVAL_S
         if tally.now_s >= self._next_s:
             self._next_s = tally.now_s + PLAIN_INTERVAL_S
             self.say(tally.line())

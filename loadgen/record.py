@@ -201,6 +201,7 @@ class LoopLag(msgspec.Struct, frozen=True):
         p50_ms: Half of the samples were at most this late.
         p99_ms: 99 of 100 samples were at most this late.
         max_ms: The latest.
+        preemptions: How often the kernel had the loop's thread make room for another meanwhile.
     """
 
     process: int
@@ -208,6 +209,7 @@ class LoopLag(msgspec.Struct, frozen=True):
     p50_ms: float
     p99_ms: float
     max_ms: float
+    preemptions: int = 0
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,6 +42,7 @@ from loadgen.record import (
 )
 from loadgen.targets import registry
 from loadgen.targets.base import Target, TargetError, TargetInfo
+from loadgen.targets.options import OpenAIOptions
 
 STATS_INTERVAL_S = 1.0
 START_DELAY_S = 0.2
@@ -53,8 +54,9 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a workload.
 
     Attributes:
-        server: host:port of what is driven.
+        server: host:port or URL of what is driven.
         target: Its kind.
+        openai: How to speak to an OpenAI-compatible server.
         out: The run's folder; None: ``runs/<time>-<name>``.
         processes: Client processes; 0 chooses by agents and cores.
         trace: Write the client's spans into the run's folder.
@@ -65,6 +67,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     server: str = "localhost:5556"
     target: str = "djinn"
+    openai: OpenAIOptions = OpenAIOptions()
     out: Path | None = None
     processes: int = 0
     trace: bool = False
@@ -87,7 +90,7 @@ async def run(config: RunConfig, options: RunOptions, progress: Progress) -> Pat
     Raises:
         LoadgenError: The run could not begin.
     """
-    target = await registry.connect(options.target, options.server)
+    target = await registry.connect(options.target, options.server, openai=options.openai)
     try:
         info = await _ask(target, options)
         check_fits(config.workload, info, options.config_file or "workload")
@@ -180,7 +183,8 @@ class Runner:
                 await self._go()
             finally:
                 await self._end_children()
-        after, settled = await counters.settled(self._stats)
+        # A target without counters has none to wait for.
+        after, settled = await counters.settled(self._stats) if before else ({}, True)
         if not settled:
             self._progress.say("the server's counters may lack the end of the run")
         write_run(
@@ -212,6 +216,7 @@ class Runner:
                     vocab_size=self._target_info.vocab_size,
                     target=self._options.target,
                     server=self._options.server,
+                    openai=self._options.openai,
                     process=number,
                     processes=count,
                     trace_file=trace_file,

@@ -16,49 +16,11 @@ from rich.console import Console
 from rich.text import Text
 
 from loadgen.errors import RunFileError
+from loadgen.spans import WAKE, Span, SpanEvent
+from loadgen.stages import stages_of
 
-WAKE = "agent.wake"
 BAR_WIDTH = 40
 _STYLES = ("cyan", "green", "magenta", "yellow", "blue")
-
-
-class SpanEvent(msgspec.Struct, frozen=True):
-    """Something that happened at one moment of a span."""
-
-    name: str
-    time_ns: int
-
-
-class Span(msgspec.Struct, frozen=True):
-    """One span.
-
-    Attributes:
-        trace_id: 32 hexadecimal digits.
-        span_id: 16.
-        parent_id: 16, or empty for a root.
-        name: What was done.
-        service: Who did it.
-        start_ns: Unix time.
-        end_ns: Unix time.
-        attributes: What is known of it.
-        events: In order of time.
-        error: Its status message, if it failed.
-    """
-
-    trace_id: str
-    span_id: str
-    parent_id: str
-    name: str
-    service: str
-    start_ns: int
-    end_ns: int
-    attributes: dict[str, Any] = {}
-    events: tuple[SpanEvent, ...] = ()
-    error: str = ""
-
-    @property
-    def duration_ms(self) -> float:
-        return (self.end_ns - self.start_ns) * 1e-6
 
 
 def read(paths: Iterable[Path]) -> list[Span]:
@@ -160,7 +122,7 @@ def _in_tree_order(spans: Sequence[Span]) -> list[tuple[int, Span]]:
 
 
 def waterfall(spans: Sequence[Span], console: Console) -> None:
-    """Prints one trace: a line per span with its service, times and a bar, and its events below.
+    """Prints one trace: a line per span with its service, times and a bar, then the wake's stages.
 
     The bars' scale is that of the wake; what goes on after it (the rest of the generation) is cut
     off with an arrow.
@@ -193,6 +155,8 @@ def waterfall(spans: Sequence[Span], console: Console) -> None:
         if span.error:
             line.append(f"  {span.error}", style="red")
         console.print(line, highlight=False, soft_wrap=True)
+    if (stages := stages_of(spans)) is not None:
+        console.print(str(stages), highlight=False, markup=False, soft_wrap=True)
 
 
 def _bar(span: Span, begin: int, end: int) -> str:

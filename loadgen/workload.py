@@ -1,18 +1,18 @@
-"""What each agent of a workload does, and when: a pure function of configuration and seed.
+"""What each agent of a workload says: `shapes` with words, or with random tokens.
 
-Agents take their numbers from random streams of their own, so an agent's plan depends on the seed
-and its index only: not on how many others there are, nor on the process that runs it. The streams
-are Python's own, whose results for one seed are the same on every machine.
+Prompts take their tokens from random streams of their own; see `shapes`.
 """
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 
-from loadgen import stories
+from loadgen import replay, shapes, stories
 from loadgen.config import Prompts, Workload
+from loadgen.shapes import AgentShape, ToolCall
 from loadgen.stories import Turn
 
 
@@ -29,18 +29,6 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
 
 
 Prompt = TokenPrompt | ChatPrompt
-
-
-class ToolCall(msgspec.Struct, frozen=True):
-    """One tool call.
-
-    Attributes:
-        name: The tool, as told to the server.
-        duration_s: How long it takes; never told to the server unless the run is an oracle's.
-    """
-
-    name: str
-    duration_s: float
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -66,6 +54,7 @@ class AgentPlan(msgspec.Struct, frozen=True):
         arrival_s: When it arrives, in seconds since the run's start.
         steps: Its requests in order; the first is Reason, each other one Act and Reflect.
         tenant: Whose agent it is; empty: the run's.
+        abandons: After its last request it begins a tool call and is never heard of again.
     """
 
     index: int
@@ -73,75 +62,61 @@ class AgentPlan(msgspec.Struct, frozen=True):
     arrival_s: float
     steps: tuple[Step, ...]
     tenant: str = ""
+    abandons: bool = False
 
 
-def _stream(workload: Workload, *what: object) -> random.Random:
-    return random.Random(":".join(str(part) for part in (workload.seed, *what)))
+def agent_shapes(workload: Workload) -> Iterator[AgentShape]:
+    """Yields the workload's agents in order of arrival.
+
+    Raises:
+        WorkloadError: It is a replay, and its trace cannot be read.
+    """
+    if workload.replay:
+        yield from replay.read(Path(workload.replay))
+    else:
+        yield from shapes.agents(workload)
 
 
-def arrivals(workload: Workload) -> list[float]:
-    """Returns each agent's arrival in seconds since the run's start: a Poisson process."""
-    stream = _stream(workload, "arrivals")
-    now = 0.0
-    times = []
-    for _ in range(workload.total_agents):
-        now += stream.expovariate(workload.arrival_rate)
-        times.append(now)
-    return times
-
-
-def think_times(workload: Workload, index: int) -> list[float]:
-    """Returns the durations in seconds of one agent's tool calls, in order."""
-    stream = _stream(workload, "think", index)
-    return [
-        stream.uniform(workload.think_time_min, workload.think_time_max)
-        for _ in range(workload.iterations)
-    ]
-
-
-def _token_prompts(workload: Workload, index: int, vocab_size: int) -> list[Prompt]:
+def _token_prompts(workload: Workload, shape: AgentShape, vocab_size: int) -> list[Prompt]:
     ids = range(vocab_size)
-    prefix = _stream(workload, "prefix").choices(ids, k=workload.shared_prefix_tokens)
-    stream = _stream(workload, "prompt", index)
-    own = workload.context_length - workload.shared_prefix_tokens
-    first: Prompt = TokenPrompt(prefix + stream.choices(ids, k=own))
-    results = [
-        TokenPrompt(stream.choices(ids, k=workload.tool_tokens)) for _ in range(workload.iterations)
-    ]
+    shared = shape.shared_prefix_tokens
+    # Of one tenant, the longer of two shared prefixes begins with the shorter.
+    prefix = shapes.stream(workload, "prefix").choices(ids, k=shared)
+    numbers = shapes.stream(workload, "prompt", shape.index)
+    own = shape.steps[0].input_tokens - shared
+    first: Prompt = TokenPrompt(prefix + numbers.choices(ids, k=own))
+    results = [TokenPrompt(numbers.choices(ids, k=step.input_tokens)) for step in shape.steps[1:]]
     return [first, *results]
 
 
-def _story_prompts(workload: Workload, index: int) -> tuple[list[Prompt], list[str]]:
-    story = stories.STORIES[index % len(stories.STORIES)]
-    acts = [story.acts[i % len(story.acts)] for i in range(workload.iterations)]
-    prompts: list[Prompt] = [ChatPrompt(story.opening)]
-    prompts += [ChatPrompt(act.turns) for act in acts]
-    return prompts, [act.tool for act in acts]
+def _story_steps(shape: AgentShape) -> tuple[Step, ...]:
+    story = stories.STORIES[shape.index % len(stories.STORIES)]
+    steps = [Step(ChatPrompt(story.opening), shape.steps[0].output_tokens)]
+    for number, step in enumerate(shape.steps[1:]):
+        assert step.tool is not None
+        act = story.acts[number % len(story.acts)]
+        call = msgspec.structs.replace(step.tool, name=act.tool)
+        steps.append(Step(ChatPrompt(act.turns), step.output_tokens, call))
+    return tuple(steps)
 
 
-def plan_agent(workload: Workload, index: int, arrival_s: float, vocab_size: int) -> AgentPlan:
+def plan_agent(workload: Workload, shape: AgentShape, vocab_size: int) -> AgentPlan:
     """Returns what one agent does.
 
     Args:
         workload: The workload.
-        index: The agent's number, from 0.
-        arrival_s: Its entry of `arrivals`.
+        shape: One of its agents.
         vocab_size: Number of token ids of the model, for random prompts.
     """
     if workload.prompts is Prompts.STORIES:
-        prompts, tools = _story_prompts(workload, index)
+        steps = _story_steps(shape)
     else:
-        prompts = _token_prompts(workload, index, vocab_size)
-        tools = [workload.tool_name] * workload.iterations
-    calls: list[ToolCall | None] = [None]
-    calls += [
-        ToolCall(tool, think)
-        for tool, think in zip(tools, think_times(workload, index), strict=True)
-    ]
-    steps = tuple(
-        Step(prompt, workload.new_tokens, call) for prompt, call in zip(prompts, calls, strict=True)
-    )
-    return AgentPlan(index, f"agent-{index:04d}", arrival_s, steps)
+        prompts = _token_prompts(workload, shape, vocab_size)
+        steps = tuple(
+            Step(prompt, step.output_tokens, step.tool)
+            for prompt, step in zip(prompts, shape.steps, strict=True)
+        )
+    return AgentPlan(shape.index, shape.name, shape.arrival_s, steps, shape.tenant, shape.abandons)
 
 
 def plan(
@@ -154,9 +129,12 @@ def plan(
         vocab_size: Number of token ids of the model.
         share: Which process this is, from 0.
         shares: How many processes there are; agents are dealt to them in turn.
+
+    Raises:
+        WorkloadError: The workload is a replay, and its trace cannot be read.
     """
     return tuple(
-        plan_agent(workload, index, arrival_s, vocab_size)
-        for index, arrival_s in enumerate(arrivals(workload))
-        if index % shares == share
+        plan_agent(workload, shape, vocab_size)
+        for shape in agent_shapes(workload)
+        if shape.index % shares == share
     )

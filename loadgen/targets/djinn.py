@@ -138,14 +138,15 @@ class DjinnSession:
 
     async def open(self) -> None:
         try:
-            client = await self._target.client_of(self._tenant)
-            session = client.session(
-                name=self._name, expected_prompt_tokens=self._first_prompt_tokens
-            )
-            await session.open()
+            if self._opened is None:
+                client = await self._target.client_of(self._tenant)
+                self._opened = client.session(
+                    name=self._name, expected_prompt_tokens=self._first_prompt_tokens
+                )
+            # Who comes again keeps its place in the queue by its session's id.
+            await self._opened.open()
         except djinn.DjinnError as error:
             raise failure(error) from error
-        self._opened = session
 
     def generate(self, prompt: Prompt, max_tokens: int, timeout_s: float) -> Generation:
         return _DjinnGeneration(self._session, prompt, max_tokens, timeout_s)

@@ -21,6 +21,8 @@ import pytest
 
 import djinn_client as djinn
 from djinn_client.tracing import tracer_provider
+from loadgen.stages import STAGES, stages_of
+from loadgen.trace import read, slowest_wakes
 from tests.support.djinn_server import (
     NO_PORTS,
     PROMPT,
@@ -126,6 +128,26 @@ async def test_one_wake_is_one_trace_through_all_three_processes(tmp_path: Path)
         if trace_id == wake and name == "kv.restore"
     ]
     assert any(moved)
+
+
+async def test_the_stages_of_a_wake_add_up_to_it(tmp_path: Path) -> None:
+    trace_file = tmp_path / "trace.jsonl"
+    provider = tracer_provider("agent", trace_file=trace_file, environ={})
+    assert provider is not None
+    with Server(tmp_path, *TRACED, f"--trace-file={trace_file}") as server:
+        server.read_until(READY_LINE)
+        await wake_up(server, provider)
+
+    [wake] = slowest_wakes(read([trace_file]), 5)
+    stages = stages_of(wake)
+    assert stages is not None
+    parts = {name: getattr(stages, f"{name}_ms") for name in (*STAGES, "unaccounted")}
+    assert all(part >= 0 for part in parts.values()), parts
+    assert sum(parts.values()) == pytest.approx(stages.total_ms)
+    # Every process has said what it did: no time is missing, and none is another's.
+    assert stages.unaccounted_ms == pytest.approx(0, abs=1e-6)
+    # Signal and Generate race each other; what the winner starts takes time in any case.
+    assert min(parts["load"], parts["step"], parts["return"]) > 0, parts
 
 
 def spans(path: Path) -> Iterator[tuple[str, str, str, dict[str, Any]]]:

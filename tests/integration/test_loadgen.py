@@ -25,6 +25,7 @@ from loadgen.record import (
     read_run,
 )
 from loadgen.runner import RunOptions
+from loadgen.targets.base import TargetError
 from loadgen.targets.djinn import DjinnTarget
 
 CONFIGS = Path(config.__file__).parent / "configs"
@@ -131,6 +132,20 @@ async def test_who_is_not_admitted_comes_again_when_told(tmp_path):
     result = report.load(folder)
     assert result.aggregates["success_count"] == 2
     assert result.aggregates["refusals"] == 2
+
+
+async def test_who_comes_again_keeps_its_session_and_so_its_place():
+    async with FakeServer() as fake:
+        fake.fail("OpenSession", "EXHAUSTED", "full", retry_after_s=0.05)
+        target = await DjinnTarget.connect(fake.endpoint)
+        session = target.session("a", "", 0)
+        with pytest.raises(TargetError, match="EXHAUSTED"):
+            await session.open()
+        refused = session.session_id
+        await session.open()
+        await target.aclose()
+    assert refused
+    assert session.session_id == refused
 
 
 async def test_tenants_have_connections_of_their_own():

@@ -2,14 +2,16 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 
 from loadgen.agent import AgentRun, State
 from loadgen.pacer import RunClock
 from loadgen.record import AgentRecord, KvFound, RequestRecord, SignalRecord, ToolRecord
+from loadgen.shapes import ToolCall
 from loadgen.stories import Turn
 from loadgen.targets.base import Delta, Outcome, TargetError
-from loadgen.workload import AgentPlan, ChatPrompt, Step, TokenPrompt, ToolCall
+from loadgen.workload import AgentPlan, ChatPrompt, Step, TokenPrompt
 
 
 class HandClock(RunClock):
@@ -166,6 +168,26 @@ async def test_an_oracle_tells_it():
     target = FakeTarget(HandClock())
     await run(target, oracle=True)
     assert ("tool_started", "search", 3.0) in target.calls
+
+
+async def test_tools_that_return_together_wait_for_their_time():
+    target = FakeTarget(HandClock())
+    first = Step(TokenPrompt([1]), 7)
+    second = Step(TokenPrompt([4]), 7, ToolCall("batch", 3.0, period_s=30.0))
+    records, _ = await run(target, AgentPlan(0, "a", 9.5, (first, second)))
+    (tool,) = of_kind(records, ToolRecord)
+    assert tool.due_s == 30.0
+    assert tool.end_s >= 30.0
+
+
+async def test_an_agent_that_abandons_its_session_begins_a_tool_call_and_never_closes_it():
+    target = FakeTarget(HandClock())
+    records, states = await run(target, msgspec.structs.replace(plan(), abandons=True))
+    assert [call[0] for call in target.calls][-2:] == ["generate", "tool_started"]
+    (agent,) = of_kind(records, AgentRecord)
+    assert (agent.failure, agent.closed_s) == (None, None)
+    assert [s.step for s in of_kind(records, SignalRecord) if s.phase == "IO_WAIT"] == [1, 2]
+    assert +states == Counter({State.DONE: 1})
 
 
 async def test_an_agent_that_is_told_to_come_again_later_does():

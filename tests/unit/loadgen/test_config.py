@@ -99,6 +99,42 @@ def test_every_shipped_file_is_valid(path):
         ),
         (VALID.replace("  arrival_rate: 0.5\n", ""), "w.yaml:1: workload.arrival_rate: missing"),
         ("1: 2\n", "w.yaml: the file: a key is not text"),
+        (
+            VALID + "  tools:\n    - name: a\n      max_s: 1\n    - name: b\n      weight: -1\n",
+            "w.yaml:10: workload.tools[1].weight: expected a number, above 0.0, got -1",
+        ),
+        (
+            VALID + "  tools:\n    - nam: a\n",
+            "w.yaml:7: workload.tools[0].nam: unknown key; did you mean name?",
+        ),
+        (
+            VALID + "  tools: [{name: a}]\n",
+            "w.yaml:6: workload.tools[0]: expected median_s or max_s",
+        ),
+        (
+            VALID + "  tools: [{name: a, min_s: 3, max_s: 2}]\n",
+            "w.yaml:6: workload.tools[0].max_s: expected at least min_s (3.0), finite, got 2.0",
+        ),
+        (
+            VALID + "  tenants: [{name: a, weight: .inf}]\n",
+            "w.yaml:6: workload.tenants[0].weight: expected a finite number, got inf",
+        ),
+        (
+            VALID + "  tenants: [a]\n",
+            "w.yaml:6: workload.tenants[0]: expected a mapping, got the text 'a'",
+        ),
+        (
+            VALID + "  iterations: 5\n  iterations_max: 4\n",
+            "w.yaml:7: workload.iterations_max: expected at least iterations (5), got 4",
+        ),
+        (
+            VALID + "  context_limit: 1000\n",
+            "w.yaml:6: workload.context_limit: expected at least 1074, got 1000",
+        ),
+        (
+            VALID + "  abandon_share: 2\n",
+            "w.yaml:6: workload.abandon_share: expected a number, at most 1.0, got 2",
+        ),
     ],
 )
 def test_errors_name_line_key_value_and_what_is_allowed(text, expected):

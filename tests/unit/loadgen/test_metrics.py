@@ -174,9 +174,10 @@ def test_a_run_without_any_record_has_a_report():
 def test_a_late_event_loop_makes_latencies_invalid_and_their_bounds_void():
     bounds = {"p99_wake_latency_ms": 500.0, "swaps_gt": 1.0, "success_count": 1.0}
     config = RunConfig(WORKLOAD, expected_results=bounds)
-    late = [LoopLag(0, 10, 0.1, 0.9, 9.0), LoopLag(1, 10, 0.1, 1.1, 9.0)]
+    late = [LoopLag(0, 10, 0.1, 0.9, 9.0), LoopLag(1, 10, 0.1, 1.1, 9.0, 7)]
     report = metrics.compute(run_info(config=config, loop_lag=late), [agent(0), reflect(0)])
     assert "process 1 was 1.1 ms late" in report.latency_problem
+    assert "took its core away 7 times" in report.latency_problem
     verdicts = {check.name: check.verdict for check in report.checks}
     assert verdicts == {
         "p99_wake_latency_ms": Verdict.VOID,

@@ -2,6 +2,7 @@ import asyncio
 import select
 import time
 
+from loadgen import pacer
 from loadgen.pacer import LagProbe, RunClock, due_agents
 from loadgen.workload import AgentPlan
 
@@ -82,3 +83,15 @@ async def test_a_stopped_probe_takes_no_samples():
     for _ in range(3):
         await asyncio.sleep(0)
     assert probe.stop().samples == before
+
+
+async def test_how_often_others_were_let_in_is_counted(monkeypatch):
+    counts = iter([5, 9])
+    monkeypatch.setattr(pacer, "_preemptions", lambda: next(counts))
+    probe = LagProbe(0, interval_s=0.001)
+    probe.start()
+    assert probe._timer is not None
+    select.select([probe._timer], [], [])
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert probe.stop().preemptions == 4

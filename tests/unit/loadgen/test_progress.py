@@ -52,8 +52,11 @@ def test_plain_lines_come_every_few_seconds():
     tally = Tally(10)
     for tally.now_s in (1.0, 5.0, 6.0, 9.9, 10.0):
         display.update(tally)
+    again = Tally(10)
+    for again.now_s in (1.0, 6.0):
+        display.update(again)
     display.close()
-    assert [line.split()[0] for line in out.getvalue().splitlines()] == ["5.0", "10.0"]
+    assert [line.split()[0] for line in out.getvalue().splitlines()] == ["5.0", "10.0", "6.0"]
 
 
 def test_a_terminal_gets_a_live_display():

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from loadgen import trace
 from loadgen.errors import RunFileError
+from loadgen.spans import Span
 
 MS = 1_000_000
 
@@ -82,7 +83,8 @@ def test_wakes_come_slowest_first_with_spans_of_every_process(run):
 
 
 def test_a_waterfall_shows_the_tree_the_times_and_why(run):
-    title, *lines = drawn(trace.slowest_wakes(trace.read(trace.files_of(run)), 1)[0])
+    title, *lines, stages = drawn(trace.slowest_wakes(trace.read(trace.files_of(run)), 1)[0])
+    assert stages.startswith("50.0 ms = signal 0.0 + ")
     assert title == "agent.wake s-7 50.0 ms, trace t1"
     names = [text.split()[0] for text in lines]
     assert names == ["agent.wake", "generate", "policy.decide", "kv.restore"]
@@ -106,12 +108,12 @@ def test_bars_lie_where_the_time_was(run):
 
 
 def test_a_span_whose_parent_is_missing_is_shown_as_a_root():
-    orphan = trace.Span("t", "x", "gone", "kv.restore", "worker", 0, MS)
+    orphan = Span("t", "x", "gone", "kv.restore", "worker", 0, MS)
     assert drawn([orphan])[1].startswith("kv.restore")
 
 
 def test_a_span_of_no_length_has_a_mark():
-    point = trace.Span("t", "x", "", "agent.wake", "client", 5, 5)
+    point = Span("t", "x", "", "agent.wake", "client", 5, 5)
     assert "━" in drawn([point])[1]
 
 

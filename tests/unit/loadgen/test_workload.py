@@ -5,18 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadgen import stories
+from loadgen import shapes, stories
 from loadgen.config import Prompts, Workload
+from loadgen.shapes import arrivals, think_times
 from loadgen.workload import (
     AgentPlan,
     ChatPrompt,
     Step,
     TokenPrompt,
-    arrivals,
     plan,
-    plan_agent,
-    think_times,
 )
+from loadgen.workload import plan_agent as plan_of
 
 BASE = Workload(total_agents=10, arrival_rate=0.5, think_time_min=2.0, think_time_max=5.0)
 
@@ -24,6 +23,10 @@ BASE = Workload(total_agents=10, arrival_rate=0.5, think_time_min=2.0, think_tim
 def ids_of(step: Step) -> list[int]:
     assert isinstance(step.prompt, TokenPrompt)
     return step.prompt.ids
+
+
+def plan_agent(workload: Workload, index: int, arrival_s: float, vocab_size: int) -> AgentPlan:
+    return plan_of(workload, shapes.agent(workload, index, arrival_s), vocab_size)
 
 
 def thinking(agent: AgentPlan) -> list[float]:
