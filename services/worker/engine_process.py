@@ -5,10 +5,14 @@ The front starts it by name in a fresh interpreter, so that only that one import
 
 from __future__ import annotations
 
+import logging
 import signal
+import time
 
 from services.common.logs import setup_logging
 from services.worker.config import EngineConfig
+
+_log = logging.getLogger(__name__)
 
 
 def main(config: EngineConfig, address: str, log_level: str = "INFO") -> None:
@@ -25,6 +29,8 @@ def main(config: EngineConfig, address: str, log_level: str = "INFO") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    began_s = time.monotonic()
     from services.worker.engine.process import run_engine
 
+    _log.info("imports took %.1f s", time.monotonic() - began_s)
     run_engine(config, address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from services.common.errors import ConfigError
 from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.streams import Event, Stream
 
@@ -20,13 +21,20 @@ class KVCache:
         layout: What the bytes mean.
         num_blocks: Blocks.
         device: Where.
+
+    Raises:
+        ConfigError: There is not that much memory.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
         # On a CPU the pages come when they are first written, which takes no time at start.
         allocate = torch.empty if device.type == "cpu" else torch.zeros
-        pool = allocate(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        try:
+            pool = allocate(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            size_gib = num_blocks * layout.block_bytes / 2**30
+            raise ConfigError(f"--device-pool-gib {size_gib:.1f}: not to be had") from error
         self.bytes = pool.view(-1)
         self.kv = layout.view(pool)
 

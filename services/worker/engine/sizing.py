@@ -9,6 +9,7 @@ import torch
 
 from services.common.errors import ConfigError
 from services.worker.config import EngineConfig
+from services.worker.engine.device_memory import DeviceMemory
 from services.worker.engine.kv_layout import KVLayout
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,11 @@ def choose_block_size(config: EngineConfig, token_bytes: int) -> int:
 
 
 def choose_sizes(
-    config: EngineConfig, layout: KVLayout, model_limit: int, device: torch.device
+    config: EngineConfig,
+    layout: KVLayout,
+    model_limit: int,
+    max_step_tokens: int,
+    memory: DeviceMemory | None,
 ) -> Sizes:
     """Returns the pools' sizes.
 
@@ -61,12 +66,13 @@ def choose_sizes(
         config: What the user asked for.
         layout: Of a block.
         model_limit: Most tokens that the model takes.
-        device: Where the device pool will be; the weights are there already.
+        max_step_tokens: As of `choose_step_tokens`.
+        memory: The GPU's, with the weights on it; None: there is none.
 
     Raises:
         ConfigError: A pool cannot hold one sequence, or a value is out of range.
     """
-    device_blocks = _device_pool_bytes(config, device) // layout.block_bytes
+    device_blocks = _device_pool_bytes(config, memory) // layout.block_bytes
     if config.host_pool_gib < 0:
         raise ConfigError(f"--host-pool-gib {config.host_pool_gib}: at least 0")
     host_blocks = int(config.host_pool_gib * 2**30) // layout.block_bytes
@@ -95,10 +101,15 @@ def choose_sizes(
         fits = min(fits, tokens)
     if fits < limit:
         _log.warning("contexts are limited to %d tokens, which the smaller pool holds", fits)
-    return Sizes(device_blocks, host_blocks, fits, _max_step_tokens(config, device))
+    return Sizes(device_blocks, host_blocks, fits, max_step_tokens)
 
 
-def _max_step_tokens(config: EngineConfig, device: torch.device) -> int:
+def choose_step_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Returns the most tokens of a step.
+
+    Raises:
+        ConfigError: Each sequence of a step cannot decode in it, or there may be none.
+    """
     if config.max_running_sequences < 1:
         raise ConfigError(f"--max-running-sequences {config.max_running_sequences}: at least 1")
     tokens = config.max_step_tokens or (256 if device.type == "cpu" else 2048)
@@ -110,16 +121,22 @@ def _max_step_tokens(config: EngineConfig, device: torch.device) -> int:
     return tokens
 
 
-def _device_pool_bytes(config: EngineConfig, device: torch.device) -> int:
-    if config.device_pool_gib is not None:
-        if config.device_pool_gib <= 0:
-            raise ConfigError(f"--device-pool-gib {config.device_pool_gib}: above 0")
-        return int(config.device_pool_gib * 2**30)
-    if device.type == "cpu":
-        return int(_CPU_DEVICE_POOL_GIB * 2**30)
+def _device_pool_bytes(config: EngineConfig, memory: DeviceMemory | None) -> int:
+    wanted = config.device_pool_gib
+    if wanted is not None and wanted <= 0:
+        raise ConfigError(f"--device-pool-gib {wanted}: above 0")
+    if memory is None:
+        return int((_CPU_DEVICE_POOL_GIB if wanted is None else wanted) * 2**30)
+    room = memory.free_bytes - memory.reserve_bytes
+    if wanted is not None:
+        if int(wanted * 2**30) > room:
+            raise ConfigError(
+                f"--device-pool-gib {wanted}: {max(room, 0) / 2**30:.1f} GiB are left beside the"
+                f" weights and {memory.reserve_bytes / 2**30:.1f} GiB for graphs and workspace"
+            )
+        return int(wanted * 2**30)
     if not 0 < config.device_memory_fraction <= 1:
         raise ConfigError(
             f"--device-memory-fraction {config.device_memory_fraction}: above 0, at most 1"
         )
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, free - int((1 - config.device_memory_fraction) * total))
+    return max(0, room - int((1 - config.device_memory_fraction) * memory.total_bytes))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -29,6 +30,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Blocks until everything launched before the event is done; raises as `query` does."""
 
+    def reached_ns(self) -> int:
+        """Returns the wall clock when the event was reached; it has been, and is a timed one."""
+
 
 class Stream(Protocol):
     """Work done in order, asynchronously to the caller."""
@@ -39,8 +43,12 @@ class Stream(Protocol):
     def wait(self, event: Event) -> None:
         """Makes everything launched from here on wait for `event`, without blocking the caller."""
 
-    def record(self) -> Event:
-        """Returns an event for everything launched so far."""
+    def record(self, *, timed: bool = False) -> Event:
+        """Returns an event for everything launched so far.
+
+        Args:
+            timed: It can say when it was reached, which takes a GPU some work.
+        """
 
     def close(self) -> None:
         """Finishes what was launched and frees the stream."""
@@ -77,6 +85,7 @@ class CpuEvent:
 
     def __init__(self) -> None:
         self._reached = threading.Event()
+        self._reached_ns = 0
         self._failure: BaseException | None = None
 
     def query(self) -> bool:
@@ -91,12 +100,17 @@ class CpuEvent:
         self._reached.wait()
         self._raise()
 
+    def reached_ns(self) -> int:
+        """See `Event.reached_ns`."""
+        return self._reached_ns
+
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     def _reach(self, failure: BaseException | None) -> None:
         self._failure = failure
+        self._reached_ns = time.time_ns()
         self._reached.set()
 
 
@@ -122,8 +136,8 @@ class CpuStream:
         """See `Stream.wait`."""
         self._queue.put(event.synchronize)
 
-    def record(self) -> CpuEvent:
-        """See `Stream.record`."""
+    def record(self, *, timed: bool = False) -> CpuEvent:
+        """See `Stream.record`; every event can say when it was reached."""
         event = CpuEvent()
         self._queue.put(event)
         return event

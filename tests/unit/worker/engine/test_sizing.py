@@ -7,8 +7,14 @@ import torch
 
 from services.common.errors import ConfigError
 from services.worker.config import EngineConfig
+from services.worker.engine.device_memory import DeviceMemory
 from services.worker.engine.kv_layout import KVLayout
-from services.worker.engine.sizing import choose_block_size, choose_sizes
+from services.worker.engine.sizing import (
+    Sizes,
+    choose_block_size,
+    choose_sizes,
+    choose_step_tokens,
+)
 
 LAYOUT = KVLayout(4, 16, 2, 32, torch.float32)
 CPU = torch.device("cpu")
@@ -17,6 +23,12 @@ MIB = 2**-10
 
 def config(**fields: object) -> EngineConfig:
     return EngineConfig(model="dummy:tiny", **fields)  # type: ignore[arg-type]
+
+
+def sizes_of(
+    wanted: EngineConfig, model_limit: int = 4096, memory: DeviceMemory | None = None
+) -> Sizes:
+    return choose_sizes(wanted, LAYOUT, model_limit, choose_step_tokens(wanted, CPU), memory)
 
 
 def test_a_block_is_about_8_mib_on_a_gpu() -> None:
@@ -29,14 +41,14 @@ def test_a_block_is_about_8_mib_on_a_gpu() -> None:
 
 
 def test_the_pools_hold_whole_blocks() -> None:
-    sizes = choose_sizes(config(device_pool_gib=4 * MIB, host_pool_gib=8 * MIB), LAYOUT, 4096, CPU)
+    sizes = sizes_of(config(device_pool_gib=4 * MIB, host_pool_gib=8 * MIB))
     assert (sizes.device_blocks, sizes.host_blocks) == (128, 256)
     assert sizes.max_context_length == 128 * 16
     assert sizes.max_step_tokens == 256
 
 
 def test_no_host_pool_is_a_choice() -> None:
-    sizes = choose_sizes(config(device_pool_gib=4 * MIB, host_pool_gib=0), LAYOUT, 100, CPU)
+    sizes = sizes_of(config(device_pool_gib=4 * MIB, host_pool_gib=0), 100)
     assert (sizes.host_blocks, sizes.max_context_length) == (0, 100)
 
 
@@ -56,9 +68,44 @@ def test_no_host_pool_is_a_choice() -> None:
 )
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        choose_sizes(config(**fields), LAYOUT, 4096, CPU)
+        sizes_of(config(**fields))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+GIB = 1 << 30
+GPU = DeviceMemory(
+    total_bytes=80 * GIB, free_bytes=65 * GIB, weights_bytes=14 * GIB, reserve_bytes=3 * GIB
+)
+
+
+@pytest.mark.parametrize(("fraction", "pool_gib"), [(1.0, 62), (0.9, 54), (0.5, 22)])
+def test_the_share_of_the_device_holds_with_all_that_is_to_come(
+    fraction: float, pool_gib: int
+) -> None:
+    sizes = sizes_of(config(device_memory_fraction=fraction, host_pool_gib=0), memory=GPU)
+    assert sizes.device_blocks * LAYOUT.block_bytes == pool_gib * GIB
+    used = GPU.total_bytes - GPU.free_bytes + GPU.reserve_bytes + pool_gib * GIB
+    assert used == fraction * GPU.total_bytes
+
+
+def test_a_pool_is_as_large_as_was_said() -> None:
+    sizes = sizes_of(config(device_pool_gib=62, host_pool_gib=0), memory=GPU)
+    assert sizes.device_blocks * LAYOUT.block_bytes == 62 * GIB
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"device_pool_gib": 62.5}, "--device-pool-gib 62.5: 62.0 GiB are left"),
+        ({"device_memory_fraction": 0.2}, "--device-pool-gib: 0 tokens fit"),
+        ({"device_memory_fraction": 1.1}, "--device-memory-fraction 1.1: above 0, at most 1"),
+    ],
+)
+def test_what_a_gpu_has_no_room_for_is_refused(fields: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sizes_of(config(**fields), memory=GPU)
+    assert told in str(caught.value)
 
 
 def test_a_layout_s_view_shares_the_pool() -> None:
