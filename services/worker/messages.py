@@ -178,7 +178,11 @@ Action = Open | Close | Evict | Restore | Prefetch | Drop | SetHint
 
 
 class Command(Struct, frozen=True):
-    """One command of the scheduler's. Ids seen before are answered by the front, not sent again."""
+    """One command of the scheduler's. Ids seen before are answered by the front, not sent again.
+
+    Attributes:
+        deadline_ns: After this it need not be begun; on this machine's clock.
+    """
 
     command_id: str
     session_id: str
@@ -187,6 +191,26 @@ class Command(Struct, frozen=True):
     deadline_ns: int | None = None
     scheduler_record: bytes | None = None
     received_ns: int = 0
+
+
+class Mode(Struct, frozen=True):
+    """How the engine serves; the fields of `djinn.v1.WorkerMode`.
+
+    Attributes:
+        write_through: Blocks are copied to the host as soon as they are full.
+        offload: What is evicted keeps a copy on the host; else it is forgotten, as by `Drop`.
+        share_prefixes: Sessions share the blocks of equal prefixes.
+    """
+
+    write_through: bool = True
+    offload: bool = True
+    share_prefixes: bool = True
+
+
+class SetMode(Struct, frozen=True):
+    """Serve like this from now on, as far as the engine's own configuration allows."""
+
+    mode: Mode
 
 
 class GetSnapshot(Struct, frozen=True):
@@ -199,7 +223,7 @@ class Shutdown(Struct, frozen=True):
     """Abort what runs, finish the copies, and end the process with exit code 0."""
 
 
-ToEngine = Submit | Abort | StopAt | Command | GetSnapshot | Shutdown
+ToEngine = Submit | Abort | StopAt | Command | SetMode | GetSnapshot | Shutdown
 
 
 # --- engine to front -----------------------------------------------------------------------------
@@ -303,12 +327,17 @@ class Started(Struct, frozen=True):
 
 
 class Tokens(Struct, frozen=True):
-    """Tokens a step made for one request; one entry per token in each list that is not empty."""
+    """Tokens a step made for one request; one entry per token in each list that is not empty.
+
+    Attributes:
+        collected_ns: When the engine took the step's result from the device.
+    """
 
     request_id: str
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
     logits: list[bytes]
+    collected_ns: int = 0
 
 
 class FinishReason(StrEnum):
@@ -340,7 +369,13 @@ OfRequest = Started | Tokens | Finished | Rejected
 
 
 class CommandDone(Struct, frozen=True):
-    """A command has ended; `error` is None if well."""
+    """A command has ended; `error` is None if well.
+
+    Attributes:
+        received_ns: When the front received it.
+        taken_ns: When the engine took it on; 0: the front refused it.
+        done_ns: When it ended.
+    """
 
     command_id: str
     session_id: str
@@ -354,6 +389,7 @@ class CommandDone(Struct, frozen=True):
     copy_end_ns: int = 0
     received_ns: int = 0
     done_ns: int = 0
+    taken_ns: int = 0
 
 
 class SessionEventKind(StrEnum):
@@ -386,8 +422,11 @@ class Report(Struct, frozen=True):
     """How full and how fast the engine is; sent every `EngineConfig.report_interval_s`.
 
     Attributes:
-        step_seconds: Durations of the steps since the last report.
+        step_seconds: Durations of the steps since the last report, on the device itself.
         step_batch_sizes: Sequences in each of them.
+        step_idle_share: Share of the time since the last report, less that without any work, in
+            which the device waited for the next step; by a GPU's events, or on a CPU by the clock
+            of the thread that computes.
     """
 
     device: PoolState
@@ -402,6 +441,7 @@ class Report(Struct, frozen=True):
     stores_in_flight: int
     step_seconds: list[float]
     step_batch_sizes: list[int]
+    step_idle_share: float = 0.0
 
 
 ToFront = (

@@ -27,8 +27,10 @@ class WorkerStream:
             if message.WhichOneof("message") == kind:
                 return getattr(message, kind)
 
-    def welcome(self, epoch: str = "epoch", interval_s: float = 30.0) -> None:
-        welcome = pb.Welcome(scheduler_epoch=epoch)
+    def welcome(
+        self, epoch: str = "epoch", interval_s: float = 30.0, mode: pb.WorkerMode | None = None
+    ) -> None:
+        welcome = pb.Welcome(scheduler_epoch=epoch, mode=mode)
         welcome.report_interval.FromNanoseconds(round(interval_s * 1e9))
         self.outgoing.put_nowait(pb.ConnectResponse(welcome=welcome))
 

@@ -1,5 +1,8 @@
 """Continuous batching: which requests run, and what of each goes into the next step.
 
+The next step is put together while one still runs: a sequence that decodes in both takes its token
+from the one before, on the device.
+
 Decodes come first, so that no agent's tokens stall behind somebody's long prompt. What is left of
 the step's token budget goes to prompts, in chunks: wakes before new agents, so that whoever comes
 back with a tool's result is served ahead of who has just arrived.
@@ -12,8 +15,11 @@ from dataclasses import dataclass
 
 from services.worker.engine.block import Block
 from services.worker.engine.kv_mover import KvMover
+from services.worker.engine.room import Room
 from services.worker.engine.sequence import Request, Session
 from services.worker.engine.step import SequenceSlice, StepPlan
+from services.worker.engine.step_clock import StepSize
+from services.worker.engine.streams import Event
 from services.worker.engine.transfer import Priority
 
 # A GPU takes about as long again for this many prompt tokens as for a batch of decodes, so agents
@@ -31,6 +37,7 @@ class Share:
         start: Tokens computed before.
         count: Tokens computed by this step.
         filled: Blocks that this step fills.
+        samples: The step samples the token that follows.
     """
 
     session: Session
@@ -38,14 +45,24 @@ class Share:
     start: int
     count: int
     filled: tuple[Block, ...]
+    samples: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step's plan, and whose each slice is; both in the same order."""
+    """A step, and whose each slice is.
+
+    Attributes:
+        plan: The step.
+        shares: Whose each of the plan's slices is.
+        slice_of: Index of each request's slice.
+        size: How much the step computes.
+    """
 
     plan: StepPlan
     shares: tuple[Share, ...]
+    slice_of: dict[Request, int]
+    size: StepSize
 
 
 def service_order(session: Session) -> tuple[int, bool, int]:
@@ -59,26 +76,28 @@ class Batcher:
 
     Args:
         mover: Brings and takes KV.
+        room: Where blocks come from when none are available.
         max_running_sequences: Most sessions in a step.
         max_step_tokens: Most tokens in a step.
-        make_room: Asked for this many available device blocks; may bring them later or never.
     """
 
     def __init__(
         self,
         mover: KvMover,
+        room: Room,
         max_running_sequences: int,
         max_step_tokens: int,
-        make_room: Callable[[int], None],
     ) -> None:
         self.waiting: list[Session] = []
         self.running: list[Session] = []
         self.preemptions = 0
+        # Running, but the loads of their blocks may not have ended.
+        self._early: set[Session] = set()
         self._mover = mover
         self._blocks = mover.blocks
+        self._room = room
         self._max_running = max_running_sequences
         self._max_tokens = max_step_tokens
-        self._make_room = make_room
 
     def add(self, session: Session) -> None:
         """Queues a session's new request."""
@@ -86,6 +105,7 @@ class Batcher:
 
     def remove(self, session: Session) -> None:
         """Takes a session's request out, wherever it is."""
+        self._early.discard(session)
         if session in self.running:
             self.running.remove(session)
         elif session in self.waiting:
@@ -117,33 +137,33 @@ class Batcher:
                 continue
             self.waiting.remove(session)
             self.running.append(session)
+        self._room.owed = barred
 
-    def _hold(self, session: Session, more_blocks: int, own_blocks: int) -> bool:
-        return self._find_room(
-            attempt=lambda: self._mover.hold(session, Priority.WAKE, more_blocks, own_blocks),
-            need=lambda: self._blocks.room_needed(session.kv, more_blocks),
-            sacrifice=lambda: self._evict_waiting(session),
-        )
+    def admit_early(self, is_soon: Callable[[float], bool]) -> None:
+        """Lets the first request whose loads are about to end run, if nobody else does.
 
-    def _find_room(
-        self, attempt: Callable[[], bool], need: Callable[[], int], sacrifice: Callable[[], bool]
-    ) -> bool:
-        """Tries until it succeeds, until room is sure to come, or until nobody can be sacrificed.
+        Its step is launched at once and waits for the loads on the device, so that they end where
+        it begins. Others would have to wait with it.
 
         Args:
-            attempt: Takes the room if it is there.
-            need: How many blocks must be available for it.
-            sacrifice: Takes the blocks of somebody less urgent; False if there is nobody.
+            is_soon: Told how many seconds the loads go on; decides.
         """
-        while not attempt():
-            self._make_room(need())
-            if attempt():
-                return True
-            if self._blocks.coming_device() >= need():
-                return False  # as soon as the stores under way are done
-            if not sacrifice():
-                return False
-        return True
+        if self.running:
+            return
+        for session in self.waiting:
+            if session.kv.held and session.loading and is_soon(self._mover.loading_s(session)):
+                self.waiting.remove(session)
+                self.running.append(session)
+                self._early.add(session)
+                return
+
+    def _hold(self, session: Session, more_blocks: int, own_blocks: int) -> bool:
+        return self._room.find(
+            attempt=lambda: self._mover.hold(session, Priority.WAKE, more_blocks, own_blocks),
+            need=lambda: self._blocks.room_needed(session.kv, more_blocks),
+            waiting=self.waiting,
+            sacrifice=lambda: self._evict_waiting(session),
+        )
 
     def _evict_waiting(self, session: Session) -> bool:
         """Evicts the last waiting session behind `session` that holds blocks."""
@@ -166,82 +186,126 @@ class Batcher:
             key=service_order,
         )
 
-    def schedule(self) -> Batch | None:
+    def next_size(self) -> StepSize | None:
+        """Returns how much the next step will compute if there is room; None if it is nothing."""
+        counts = [count for session in self.running if (count := session.computable)]
+        if not counts:
+            return None
+        decodes = counts.count(1)
+        room = max(self._budget(decodes) - decodes, 0)
+        kv_tokens = sum(session.length for session in self.running)
+        return StepSize(decodes, min(sum(counts) - decodes, room), kv_tokens)
+
+    def schedule(self, previous: Batch | None) -> Batch | None:
         """Returns the next step's batch; None if nothing can run.
 
-        The shares' blocks have slots on the device; their tokens are not counted as computed yet.
+        The shares' blocks have slots on the device; their tokens are counted as computed, so the
+        step must be launched.
+
+        Args:
+            previous: The batch launched last, if its step is not collected yet.
         """
         self.running.sort(key=service_order)
-        decodes = [session for session in self.running if session.remaining == 1]
-        prompts = [session for session in self.running if session.remaining > 1]
-        budget = self._max_tokens
-        if decodes:
-            budget = min(budget, len(decodes) + _PROMPT_TOKENS_BESIDE_DECODES)
+        counts = [(session, session.computable) for session in self.running]
+        decodes = [(session, count) for session, count in counts if count == 1]
+        prompts = [(session, count) for session, count in counts if count > 1]
+        budget = self._budget(len(decodes))
         chosen: list[tuple[Session, int]] = []
-        for session in decodes + prompts:
+        for session, most in decodes + prompts:
             if budget == 0:
                 break
             if session not in self.running:
                 continue  # preempted for one before it
-            count = min(session.remaining, budget)
-            if not self._reserve(session, count, [s for s, _ in chosen]):
+            count = min(most, budget)
+            if not self._reserve(session, count, chosen):
                 continue
             chosen.append((session, count))
             budget -= count
         if not chosen:
             return None
-        return self._batch(chosen)
+        return self._batch(chosen, {} if previous is None else previous.slice_of)
 
-    def _batch(self, chosen: list[tuple[Session, int]]) -> Batch:
+    def _budget(self, decodes: int) -> int:
+        """Returns how many tokens a step with so many decodes may have."""
+        if not decodes:
+            return self._max_tokens
+        return min(self._max_tokens, decodes + _PROMPT_TOKENS_BESIDE_DECODES)
+
+    def _batch(
+        self, chosen: list[tuple[Session, int]], sampled_before: dict[Request, int]
+    ) -> Batch:
         slices = []
         shares = []
+        after: list[Event] = []
+        kv_tokens = 0
         for session, count in chosen:
-            assert session.request is not None
+            request = session.request
+            assert request is not None
             start = session.kv.tokens
             end = start + count
+            known = start < len(session.tokens)
+            samples = end == session.length
             slices.append(
                 SequenceSlice(
-                    token_ids=session.tokens[start:end],
+                    token_ids=session.tokens[start:end] if known else [0],
                     start=start,
                     block_table=session.kv.slots[:],
-                    sample=session.sample_request() if end == len(session.tokens) else None,
+                    sample=session.sample_request() if samples else None,
+                    follows=None if known else sampled_before[request],
                 )
             )
+            request.unaccepted += samples
+            if session in self._early:
+                self._early.remove(session)
+                after += self._mover.load_events(session, 1)[0]
             filled = self._blocks.advance(session.kv, end)
-            shares.append(Share(session, session.request, start, count, tuple(filled)))
-        return Batch(StepPlan(tuple(slices)), tuple(shares))
+            shares.append(Share(session, request, start, count, tuple(filled), samples))
+            kv_tokens += end
+        decodes = sum(count == 1 for _, count in chosen)
+        tokens = sum(count for _, count in chosen)
+        return Batch(
+            StepPlan(tuple(slices), tuple(after)),
+            tuple(shares),
+            {share.request: index for index, share in enumerate(shares)},
+            StepSize(decodes, tokens - decodes, kv_tokens),
+        )
 
     def _lacking(self, session: Session) -> int:
         """Returns how many new blocks the session's log, and one token more, will take."""
-        return self._blocks.blocks_for(len(session.tokens) + 1) - len(session.kv.blocks)
+        tokens = min(session.length + 1, session.most_tokens)
+        return self._blocks.blocks_for(tokens) - len(session.kv.blocks)
 
     def _match_prefix(self, session: Session) -> int:
-        if session.kv.held:
+        if session.kv.held or not self._mover.mode.share_prefixes:
             return 0
         hashes = session.block_hashes(self._blocks.block_size_tokens)
         return self._blocks.match(session.kv, hashes, len(session.tokens) - 1)
 
-    def _reserve(self, session: Session, count: int, scheduled: list[Session]) -> bool:
+    def _reserve(self, session: Session, count: int, chosen: list[tuple[Session, int]]) -> bool:
         """Gets slots for `count` more tokens, preempting others if there are none left."""
         tokens = session.kv.tokens + count
-        return self._find_room(
+        return self._room.find(
             attempt=lambda: self._blocks.reserve(session.kv, tokens),
             need=lambda: self._blocks.blocks_for(tokens) - len(session.kv.blocks),
-            sacrifice=lambda: self._evict_waiting(session) or self._preempt(session, scheduled),
+            waiting=self.waiting,
+            sacrifice=lambda: self._evict_waiting(session) or self._preempt(session, chosen),
         )
 
-    def _preempt(self, session: Session, scheduled: list[Session]) -> bool:
+    def _preempt(self, session: Session, chosen: list[tuple[Session, int]]) -> bool:
         """Puts the last running session in the order of service back to wait.
+
+        A token that a launched step samples for it still comes.
 
         Returns:
             False if there is none, or if it was `session` itself.
         """
-        victims = [s for s in self.running if s not in scheduled]
+        scheduled = {session for session, _ in chosen}
+        victims = [session for session in self.running if session not in scheduled]
         if not victims:
             return False
         victim = max(victims, key=service_order)
         self.preemptions += 1
-        self.running.remove(victim)
+        self.remove(victim)
         self.waiting.append(victim)
         self._mover.evict(victim)
         return victim is not session

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from services.worker.engine.streams import Event
 
@@ -40,10 +42,11 @@ class Block:
         refs: Tables it stands in.
         holders: Tables that need it on the device.
         content_hash: Its key in the prefix index, while it is there.
-        loads: Copies in flight from its host slot to its device slot.
+        load: What brings it from its host slot to its device slot now; None if nothing does.
         stores: Copies in flight the other way.
         store: The newest store that will make it clean; None if none will.
-        reclaim_rank: Its place in the order of reuse, while it is reclaimable.
+        reclaim_rank: Names its entry in the order of reuse, while it is reclaimable.
+        spare_in: The list it stands in while its host slot is spare.
         expected_wake_ns: When the table that last let it go will need it again; None: unknown.
     """
 
@@ -54,10 +57,11 @@ class Block:
     refs: int = 0
     holders: int = 0
     content_hash: bytes | None = None
-    loads: int = 0
+    load: CopyTicket | None = field(default=None, repr=False)
     stores: int = 0
-    store: CopyTicket | None = None
-    reclaim_rank: tuple[int, float, int] | None = None
+    store: CopyTicket | None = field(default=None, repr=False)
+    reclaim_rank: int | None = None
+    spare_in: OrderedDict[Block, None] | None = field(default=None, repr=False)
     expected_wake_ns: int | None = None
 
     @property
@@ -66,8 +70,7 @@ class Block:
         return self.host is not None and self.stored_tokens == self.filled_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
+class BlockCopy(NamedTuple):
     """One block of a ticket, with the slots and the tokens as they were when it was made."""
 
     block: Block
@@ -117,10 +120,12 @@ class Hold:
     Attributes:
         resident_blocks: Blocks taken back without a copy.
         ticket: The loads to carry out; None if there are none of its own.
+        others: Loads in flight for other tables that bring some of its blocks.
     """
 
     resident_blocks: int
     ticket: CopyTicket | None
+    others: tuple[CopyTicket, ...]
 
 
 def hash_blocks(

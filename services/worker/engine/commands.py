@@ -24,6 +24,7 @@ from services.common.errors import (
 )
 from services.worker.engine.block import CopyTicket
 from services.worker.engine.kv_mover import FinishedCopy, KvMover
+from services.worker.engine.room import Room, await_wake
 from services.worker.engine.sequence import Session
 from services.worker.engine.streams import Event
 from services.worker.engine.transfer import Priority
@@ -52,15 +53,25 @@ class _Pending:
     Attributes:
         tickets: The copies it waits for; empty for a restore that waits for room.
         resident_blocks: Blocks that need no copy.
+        generation: The session's when it was taken on.
+        taken_ns: When it was taken on.
     """
 
     command: Command
     session: Session
+    generation: int
     tickets: set[CopyTicket] = field(default_factory=set)
     moved_blocks: int = 0
     resident_blocks: int = 0
     copy_start_ns: int = 0
     copy_end_ns: int = 0
+    taken_ns: int = field(default_factory=time.time_ns)
+
+    @staticmethod
+    def of(command: Command, session: Session | None) -> _Pending:
+        """Returns a command that is taken on; None: of a session that is not known."""
+        session = session or Session(command.session_id, b"", 0)
+        return _Pending(command, session, session.generation)
 
     def count(self, copy: FinishedCopy) -> None:
         """Widens the time of its copies by one of them."""
@@ -74,14 +85,19 @@ class Commands:
     Args:
         engine: Whose sessions.
         mover: Moves their KV.
+        room: Where blocks come from when none are available.
         scrub: Overwrites device blocks behind all launched steps; returns an event for it.
     """
 
-    def __init__(self, engine: Engine, mover: KvMover, scrub: Callable[[list[int]], Event]) -> None:
+    def __init__(
+        self, engine: Engine, mover: KvMover, room: Room, scrub: Callable[[list[int]], Event]
+    ) -> None:
         self._engine = engine
         self._mover = mover
+        self._room = room
         self._scrub = scrub
         self._copying: list[_Pending] = []
+        # In the order in which they get their room.
         self._roomless: list[_Pending] = []
 
     def begin(self, command: Command) -> None:
@@ -94,13 +110,13 @@ class Commands:
                 )
             elif session is None:
                 if isinstance(command.action, Close):
-                    self._done(_Pending(command, Session(command.session_id, b"", 0)))
+                    self._done(_Pending.of(command, None))
                     return
                 raise UnknownSessionError.of(command.session_id)
             self._check(command, session)
             if command.scheduler_record is not None:
                 session.scheduler_record = command.scheduler_record
-            self._carry_out(_Pending(command, session))
+            self._carry_out(_Pending.of(command, session))
         except DjinnError as error:
             self._fail(command, session, error)
 
@@ -118,7 +134,10 @@ class Commands:
                 self._copied(pending)
 
     def retry(self) -> None:
-        """Tries the restores that found no room again, and fails those whose time is up."""
+        """Tries the restores that found no room again, and fails those whose time is up.
+
+        One whose session has got a request since is done, for that brings the KV itself.
+        """
         now_ns = time.time_ns()
         waiting, self._roomless = self._roomless, []
         for pending in waiting:
@@ -128,6 +147,8 @@ class Commands:
                     f"no room on the device for session {pending.session.session_id!r}"
                 )
                 self._fail(pending.command, pending.session, error)
+            elif pending.session.generation != pending.generation:
+                self._done(pending)
             else:
                 self._restore(pending)
 
@@ -163,6 +184,7 @@ class Commands:
             case Evict(expected_wake_ns=wake_ns):
                 self._refuse_if_generating(session, "evicted")
                 self._mover.blocks.set_wake(session.kv, wake_ns)
+                session.awaited_until_ns = 0
                 self._evict(pending)
             case Restore():
                 self._restore(pending)
@@ -170,6 +192,7 @@ class Commands:
                 self._prefetch(pending)
             case Drop():
                 self._refuse_if_generating(session, "dropped")
+                session.awaited_until_ns = 0
                 self._mover.drop(session)
                 self._done(pending)
             case SetHint(expected_wake_ns=wake_ns, priority=priority):
@@ -191,7 +214,7 @@ class Commands:
         for restore in [p for p in self._roomless if p.session is session]:
             self._roomless.remove(restore)
             self._fail(restore.command, session, WrongStateError("an eviction came after it"))
-        if session.kv.held:
+        if session.kv.held and self._mover.mode.offload:
             self._mover.counters.evictions += 1
         pending.tickets = self._mover.evict(session)
         pending.moved_blocks = sum(b.store is not None for b in session.kv.blocks)
@@ -202,11 +225,12 @@ class Commands:
         session = pending.session
         before = session.source
         held = session.kv.held
-        if not self._mover.hold(session, Priority.WAKE):
-            self._engine.make_room_for(session)
-            if not self._mover.hold(session, Priority.WAKE):
-                self._roomless.append(pending)
-                return
+        if session.request is None:
+            await_wake(session)
+        must_wait = not held and (self._room.owed or bool(self._roomless))
+        if must_wait or not self._hold(session):
+            self._roomless.append(pending)
+            return
         pending.moved_blocks = session.source.loaded_blocks - before.loaded_blocks
         pending.resident_blocks = (
             len(session.kv.blocks)
@@ -216,11 +240,21 @@ class Commands:
         pending.tickets = set(session.loading)
         self._wait(pending)
 
+    def _hold(self, session: Session) -> bool:
+        return self._room.find(
+            attempt=lambda: self._mover.hold(session, Priority.WAKE),
+            need=lambda: self._mover.blocks.room_needed(session.kv),
+            spare_awaited=True,
+        )
+
     def _prefetch(self, pending: _Pending) -> None:
         session = pending.session
         before = session.source
-        if not self._mover.hold(session, Priority.PREFETCH):
+        owed = self._room.owed and not session.kv.held
+        if owed or not self._mover.hold(session, Priority.PREFETCH):
             raise ExhaustedError(f"no free blocks to prefetch session {session.session_id!r} into")
+        if session.request is None:
+            await_wake(session)
         pending.moved_blocks = session.source.loaded_blocks - before.loaded_blocks
         pending.resident_blocks = len(session.kv.blocks) - pending.moved_blocks
         pending.tickets = set(session.loading)
@@ -256,8 +290,7 @@ class Commands:
         self._tell(pending, None)
 
     def _fail(self, command: Command, session: Session | None, error: DjinnError) -> None:
-        session = session or Session(command.session_id, b"", 0)
-        self._tell(_Pending(command, session), error.to_info())
+        self._tell(_Pending.of(command, session), error.to_info())
 
     def _tell(self, pending: _Pending, error: ErrorInfo | None) -> None:
         command, session = pending.command, pending.session
@@ -281,5 +314,6 @@ class Commands:
                 copy_end_ns=pending.copy_end_ns,
                 received_ns=command.received_ns,
                 done_ns=now_ns,
+                taken_ns=pending.taken_ns,
             )
         )

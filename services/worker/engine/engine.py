@@ -1,16 +1,15 @@
 """The engine: sessions, their requests and commands, and the step loop's turns.
 
-Nothing here blocks. `handle` takes messages in; `turn` collects copies and the step that are done,
-admits, and launches the next step; both leave what the front shall hear in `outbox`.
+Nothing here blocks. `handle` takes messages in; `collect` takes in the steps that are done, so that
+their tokens go out first; `turn` takes in the copies that are done, admits, and launches the next
+step, mostly while one still runs. All leave what the front shall hear in `outbox`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import OrderedDict
-from typing import Protocol
 
 import msgspec
 
@@ -18,18 +17,20 @@ from services.common.errors import (
     CancelledError,
     DjinnError,
     DrainingError,
-    InternalError,
     SessionClosedError,
     UnknownSessionError,
 )
 from services.worker.engine import requests
-from services.worker.engine.batcher import Batch, Batcher, Share
+from services.worker.engine.batcher import Batcher
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.commands import Commands
 from services.worker.engine.kv_cache import KVCache
 from services.worker.engine.kv_mover import KvMover
+from services.worker.engine.room import Room
 from services.worker.engine.sequence import Request, Session
-from services.worker.engine.step import PendingStep, SampledToken, StepPlan
+from services.worker.engine.step_clock import StepClock
+from services.worker.engine.step_outcomes import StepOutcomes, Tally
+from services.worker.engine.step_pipeline import StepPipeline, StepRunner
 from services.worker.engine.streams import Stream
 from services.worker.messages import (
     Abort,
@@ -38,31 +39,22 @@ from services.worker.messages import (
     Finished,
     FinishReason,
     GetSnapshot,
+    Mode,
     Rejected,
     Report,
     SessionEvent,
     SessionEventKind,
     SessionState,
+    SetMode,
     Shutdown,
     Snapshot,
-    Started,
     StopAt,
     Submit,
     ToEngine,
     ToFront,
-    Tokens,
 )
 
-_log = logging.getLogger(__name__)
-
 _CLOSED_REMEMBERED = 10_000
-
-
-class StepRunner(Protocol):
-    """Launches steps on the compute stream."""
-
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Launches a step without blocking."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,17 +80,6 @@ class EngineLimits:
     hash_salt: bytes
 
 
-@dataclasses.dataclass(slots=True)
-class _Tally:
-    prefilled_tokens: int = 0
-    recomputed_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    generated_tokens: int = 0
-    requests_completed: int = 0
-    requests_failed: int = 0
-    requests_cancelled: int = 0
-
-
 class Engine:
     """All sessions of one worker.
 
@@ -108,6 +89,14 @@ class Engine:
         compute: The stream that steps run on.
         cache: The device pool.
         limits: What the engine is built for.
+        clock: Says when a step is launched behind one that runs.
+
+    Attributes:
+        outbox: What the front shall hear.
+        sessions: By id.
+        stopping: The front wants the engine to end.
+        due_s: When `turn` shall be called next, by `time.monotonic`, if nothing happens before;
+            None: not before something happens.
     """
 
     def __init__(
@@ -117,28 +106,30 @@ class Engine:
         compute: Stream,
         cache: KVCache,
         limits: EngineLimits,
+        clock: StepClock,
     ) -> None:
         self.outbox: list[ToFront] = []
         self.sessions: dict[str, Session] = {}
         self.stopping = False
+        self.due_s: float | None = None
         self._mover = mover
         self._blocks: BlockManager = mover.blocks
-        self._runner = runner
+        self._pipeline = StepPipeline(runner, compute, clock)
         self._limits = limits
+        self._room = Room(mover, self.sessions, self.tell)
         self._batcher = Batcher(
-            mover, limits.max_running_sequences, limits.max_step_tokens, self._make_room
+            mover, self._room, limits.max_running_sequences, limits.max_step_tokens
         )
-        self._compute = compute
-        self._commands = Commands(self, mover, lambda slots: cache.scrub(slots, compute))
+        self._commands = Commands(
+            self, mover, self._room, lambda slots: cache.scrub(slots, compute)
+        )
         self._requests: dict[str, Session] = {}
         # A late Generate of theirs, which carries a token, must not make them anew.
         self._closed: OrderedDict[str, None] = OrderedDict()
         self._arrivals = 0
-        self._step: tuple[Batch, PendingStep, float] | None = None
-        self._step_seconds: list[float] = []
-        self._step_batch_sizes: list[int] = []
-        self._prefill_tokens_per_s = 0.0
-        self._tally = _Tally()
+        self._tally = Tally()
+        self._outcomes = StepOutcomes(self, mover, self._tally)
+        self._set_mode(Mode())
 
     # --- messages --------------------------------------------------------------------------------
 
@@ -156,6 +147,8 @@ class Engine:
                 self._stop_at(message)
             case Command():
                 self._commands.begin(message)
+            case SetMode():
+                self._set_mode(message.mode)
             case GetSnapshot():
                 states = [self.state_of(session) for session in self.sessions.values()]
                 self.outbox.append(Snapshot(message.snapshot_id, states))
@@ -163,6 +156,13 @@ class Engine:
                 for session in list(self._requests.values()):
                     self.cancel(session, DrainingError("the worker stops"))
                 self.stopping = True
+
+    def _set_mode(self, mode: Mode) -> None:
+        """Serves as told from now on, as far as the engine's own limits allow."""
+        write_through = self._limits.write_through and mode.write_through and mode.offload
+        narrowed = msgspec.structs.replace(mode, write_through=write_through)
+        for session in self._mover.set_mode(narrowed):
+            self.tell(SessionEventKind.DROPPED, session)
 
     def create(self, session_id: str, cache_salt: str, priority: int, record: bytes) -> Session:
         """Makes a session that is not there yet."""
@@ -251,7 +251,7 @@ class Engine:
             return
         if session.request is not None and session.request.request_id == message.request_id:
             self._cut(session, max(message.context_length, session.request.prompt_length))
-            self._finish(session, FinishReason.STOP)
+            self.finish(session, FinishReason.STOP)
         elif session.request is None and session.last_request_id == message.request_id:
             # It ended by itself meanwhile, with more tokens than the client was given.
             self._cut(session, message.context_length)
@@ -266,7 +266,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """True if nothing is under way: no request, no step and no copy."""
-        return not self._requests and self._step is None and not self._mover.tickets()
+        return not self._requests and self._pipeline.empty and not self._mover.tickets()
 
     def grow_host(self, blocks: int) -> None:
         """Lets the first `blocks` blocks of the host pool be used."""
@@ -274,127 +274,52 @@ class Engine:
             self._blocks.grow_host(blocks)
             self._mover.store_stranded()
 
+    def collect(self) -> None:
+        """Takes in the steps that are done."""
+        for batch, result in self._pipeline.collect():
+            if self._outcomes.untold:
+                self._collect_copies()  # among them the loads that the step waited for
+            self._outcomes.take(batch, result)
+
     def turn(self) -> None:
-        """Collects what is done and starts what can be."""
-        done = self._mover.poll()
-        self._commands.collect(done)
-        if self._step is not None and self._step[1].done():
-            self._collect(*self._step)
-            self._step = None
-        self._commands.retry()
+        """Takes in what is done and starts what can be."""
+        self.collect()
+        self._collect_copies()
         self._keep_watermarks()
         self._batcher.admit()
-        if self._step is None:
-            self._launch()
+        self._commands.retry()
+        if self._pipeline.empty:
+            self._batcher.admit_early(self._pipeline.is_soon)
+        self.due_s = None
+        while (size := self._batcher.next_size()) is not None:
+            due_s = self._pipeline.due_s(size)
+            if due_s is None:
+                return
+            if due_s > time.monotonic():
+                self.due_s = due_s
+                return
+            if not self._launch():
+                return
 
-    def _launch(self) -> None:
-        batch = self._batcher.schedule()
+    def _collect_copies(self) -> None:
+        self._commands.collect(self._mover.poll())
+        self._outcomes.tell_started()
+
+    def _launch(self) -> bool:
+        """Launches a step; returns False if there is no room for anybody's."""
+        batch = self._batcher.schedule(self._pipeline.latest)
         if batch is None:
-            return
-        now_ns = time.time_ns()
-        launched_s = time.monotonic()
-        for share in batch.shares:
-            if not share.request.started:
-                self._tell_started(share, now_ns)
-        pending = self._runner.launch(batch.plan)
-        fence = self._compute.record()
+            return False
+        self._outcomes.begin(batch)
+        fence = self._pipeline.launch(batch)
         self._blocks.fence = fence
-        if self._limits.write_through:
+        if self._mover.mode.write_through:
             filled = [block for share in batch.shares for block in share.filled]
             self._mover.write_through(filled, fence)
-        self._step = (batch, pending, launched_s)
+        return True
 
-    def _tell_started(self, share: Share, now_ns: int) -> None:
-        session, request = share.session, share.request
-        request.started = True
-        request.cached_tokens = share.start
-        source = session.source
-        before = self._blocks.blocks_for(share.start)
-        prefix_blocks = source.prefix_hit_tokens // self._blocks.block_size_tokens
-        held = before - source.resident_blocks - source.loaded_blocks - prefix_blocks
-        self._tally.prefix_hit_tokens += source.prefix_hit_tokens
-        self.outbox.append(
-            Started(
-                request_id=request.request_id,
-                context_length=request.prompt_length,
-                cached_tokens=share.start,
-                generation=session.generation,
-                kv=msgspec.structs.replace(
-                    source,
-                    held_blocks=max(held, 0),
-                    recomputed_tokens=max(session.known_tokens - share.start, 0),
-                ),
-                queued_ns=request.queued_ns,
-                started_ns=now_ns,
-            )
-        )
-
-    def _collect(self, batch: Batch, pending: PendingStep, launched_s: float) -> None:
-        result = pending.result()
-        seconds = time.monotonic() - launched_s
-        self._step_seconds.append(seconds)
-        self._step_batch_sizes.append(len(batch.shares))
-        prefilled = 0
-        for index, share in enumerate(batch.shares):
-            if index in result.failed:
-                self._fail_share(share)
-            else:
-                prefilled += self._take_share(share, result.samples[index])
-        if prefilled:
-            speed = prefilled / seconds
-            past = self._prefill_tokens_per_s
-            self._prefill_tokens_per_s = 0.8 * past + 0.2 * speed if past else speed
-
-    def _fail_share(self, share: Share) -> None:
-        """Fails a request whose logits are not numbers, and forgets the KV that they come from."""
-        session = share.session
-        if session.request is not share.request:
-            return
-        self._mover.discard(session)
-        self._tally.requests_failed += 1
-        message = f"the logits after {share.start + share.count} tokens are not numbers"
-        _log.error("session %s: %s", session.session_id, message)
-        request = self._leave(session)
-        self.outbox.append(Rejected(request.request_id, InternalError(message).to_info()))
-        self.tell(SessionEventKind.GENERATE_FINISHED, session)
-
-    def _take_share(self, share: Share, sample: SampledToken | None) -> int:
-        """Takes in one session's part of a step; returns how many prompt tokens it computed."""
-        session, request = share.session, share.request
-        end = share.start + share.count
-        prompt_tokens = max(0, min(end, request.prompt_length) - share.start)
-        self._tally.prefilled_tokens += prompt_tokens
-        self._tally.recomputed_tokens += max(0, min(end, session.known_tokens) - share.start)
-        request.prefilled_tokens += prompt_tokens
-        if session.request is not request:
-            return prompt_tokens  # cancelled or closed while the step ran
-        self._publish(session, share.start, end)
-        session.known_tokens = max(session.known_tokens, end)
-        if sample is not None and end == len(session.tokens):
-            self._tally.generated_tokens += 1
-            reason = requests.accept_token(session, sample.token_id)
-            self.outbox.append(
-                Tokens(
-                    request_id=request.request_id,
-                    token_ids=[sample.token_id],
-                    logprobs=[] if sample.logprobs is None else [sample.logprobs],
-                    logits=[] if sample.logits is None else [sample.logits],
-                )
-            )
-            if reason is not None:
-                self._finish(session, reason)
-        return prompt_tokens
-
-    def _publish(self, session: Session, start: int, end: int) -> None:
-        size = self._blocks.block_size_tokens
-        first, last = start // size, end // size
-        if first == last:
-            return
-        hashes = session.block_hashes(size)
-        for index in range(first, last):
-            self._blocks.publish(session.kv, index, hashes[index])
-
-    def _finish(self, session: Session, reason: FinishReason) -> None:
+    def finish(self, session: Session, reason: FinishReason) -> None:
+        """Ends a session's request well."""
         generated = session.generated
         request = self._leave(session)
         self._tally.requests_completed += 1
@@ -410,31 +335,26 @@ class Engine:
         )
         self.tell(SessionEventKind.GENERATE_FINISHED, session)
 
+    def fail(self, session: Session, error: DjinnError) -> None:
+        """Fails a session's request, which it must have, for a reason of the engine's own."""
+        self._tally.requests_failed += 1
+        request = self._leave(session)
+        self.outbox.append(Rejected(request.request_id, error.to_info()))
+        self.tell(SessionEventKind.GENERATE_FINISHED, session)
+
     def _leave(self, session: Session) -> Request:
         self._batcher.remove(session)
-        request = requests.end(session)
+        request = requests.end(session, self._blocks)
         del self._requests[request.request_id]
         return request
 
     # --- room ------------------------------------------------------------------------------------
 
-    def make_room_for(self, session: Session) -> None:
-        """Works towards room on the device for one session's blocks."""
-        self._make_room(self._blocks.room_needed(session.kv))
-
-    def _make_room(self, want_blocks: int) -> None:
-        evicted, dropped = self._mover.make_room(
-            want_blocks, self.sessions.values(), self._batcher.waiting
-        )
-        for session in evicted:
-            self.tell(SessionEventKind.EVICTED, session)
-        for session in dropped:
-            self.tell(SessionEventKind.DROPPED, session)
-
     def _keep_watermarks(self) -> None:
         device = int(self._limits.low_watermark * self._blocks.device_slots)
-        if self._blocks.available_device() < device:
-            self._make_room(device)
+        # Without offload room is made by forgetting, which is for nothing ahead of need.
+        if self._mover.mode.offload and self._blocks.available_device() < device:
+            self._room.make(device, self._batcher.waiting, spare_awaited=True)
         host = int(self._limits.low_watermark * self._blocks.host_slots)
         if self._blocks.free_host() < host:
             self._blocks.give_up_copies(host)
@@ -444,12 +364,13 @@ class Engine:
     def report(self) -> Report:
         """Returns how full and how fast the engine is, and starts a new interval."""
         device, host = self._blocks.pool_states()
+        steps = self._pipeline.take_statistics()
         counters = Counters(
             **dataclasses.asdict(self._mover.counters),
             **dataclasses.asdict(self._tally),
             preemptions=self._batcher.preemptions,
         )
-        report = Report(
+        return Report(
             device=device,
             host=host,
             counters=counters,
@@ -457,21 +378,20 @@ class Engine:
             waiting_requests=len(self._batcher.waiting),
             sessions=len(self.sessions),
             load_bytes_per_s=self._mover.load_bytes_per_s,
-            prefill_tokens_per_s=self._prefill_tokens_per_s,
+            prefill_tokens_per_s=self._outcomes.prefill_tokens_per_s,
             loads_in_flight=self._mover.in_flight(to_device=True),
             stores_in_flight=self._mover.in_flight(to_device=False),
-            step_seconds=self._step_seconds,
-            step_batch_sizes=self._step_batch_sizes,
+            step_seconds=steps.seconds,
+            step_batch_sizes=steps.batch_sizes,
+            step_idle_share=steps.idle_share,
         )
-        self._step_seconds, self._step_batch_sizes = [], []
-        return report
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` if the bookkeeping contradicts itself."""
         tables = [session.kv for session in self.sessions.values()]
         self._blocks.check_integrity(tables, self._mover.tickets())
         for session in self.sessions.values():
-            assert session.kv.tokens <= len(session.tokens), session
+            assert session.kv.tokens <= session.length, session
             waits = session in self._batcher.waiting or session in self._batcher.running
             assert waits == (session.request is not None), session
 

@@ -1,14 +1,14 @@
 """Moves sessions' KV between the tiers: block manager and copy engine put together.
 
 What is decided elsewhere - which session, when - is carried out here, and what happened is
-counted here. When room is short, `make_room` is the worker's own fallback: least worth first.
+counted here.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -16,9 +16,11 @@ import torch
 
 from services.worker.engine.block import Block, CopyTicket, Direction
 from services.worker.engine.block_manager import BlockManager
+from services.worker.engine.copies import coalesce, divide
 from services.worker.engine.sequence import Session
 from services.worker.engine.streams import Event
-from services.worker.engine.transfer import CopyJob, Priority, Transfers, coalesce
+from services.worker.engine.transfer import CopyJob, Priority, Transfers
+from services.worker.messages import Mode
 
 
 @dataclass(slots=True)
@@ -50,17 +52,11 @@ class FinishedCopy:
     end_ns: int
 
 
-def furthest_first(session: Session) -> tuple[float, int]:
-    """Sort key: who is expected latest comes first, and of those unknown who was used longest ago.
-
-    An unknown wake is taken as far.
-    """
-    wake = session.kv.expected_wake_ns
-    return (-math.inf if wake is None else -float(wake), session.used_ns)
-
-
 class KvMover:
     """Carries out holds, evictions and stores.
+
+    Attributes:
+        mode: How the engine serves now; changed by `set_mode`.
 
     Args:
         blocks: The bookkeeping; mutated.
@@ -69,6 +65,13 @@ class KvMover:
         host: The host pool's bytes, uint8, one dimension.
         block_bytes: Bytes of a block.
         host_seam_blocks: The host pool is pinned in pieces of this many blocks; None: in one.
+
+    Attributes:
+        blocks: The bookkeeping.
+        block_bytes: Bytes of a block.
+        counters: What has been moved.
+        load_bytes_per_s: Of late; 0 before the first load.
+        held: The sessions whose blocks are held on the device.
     """
 
     def __init__(
@@ -81,8 +84,10 @@ class KvMover:
         host_seam_blocks: int | None = None,
     ) -> None:
         self.blocks = blocks
+        self.mode = Mode()
         self.counters = MoverCounters()
         self.load_bytes_per_s = 0.0
+        self._last_load_end_ns = 0
         self._transfers = transfers
         self._device = device
         self._host = host
@@ -91,9 +96,22 @@ class KvMover:
         self._jobs: dict[CopyJob, CopyTicket] = {}
         self._job_of: dict[CopyTicket, CopyJob] = {}
         self._waiting_for_load: dict[CopyTicket, list[Session]] = {}
-        self._held: dict[Session, None] = {}
+        self.held: dict[Session, None] = {}
         # Evicted with blocks that the host had no room for; in order of eviction.
         self._stranded: dict[Session, None] = {}
+
+    def set_mode(self, mode: Mode) -> list[Session]:
+        """Moves KV in another mode from now on; copies that there are serve until they are let go.
+
+        Returns:
+            The sessions that are dropped, because their eviction waits for stores of which there
+            will be none.
+        """
+        self.mode = mode
+        dropped = [] if mode.offload else list(self._stranded)
+        for session in dropped:
+            self.drop(session)
+        return dropped
 
     # --- one session -----------------------------------------------------------------------------
 
@@ -103,6 +121,7 @@ class KvMover:
         priority: Priority,
         more_blocks: int = 0,
         own_blocks: int | None = None,
+        layer_groups: int = 1,
     ) -> bool:
         """Holds a session's blocks and starts the loads that this takes.
 
@@ -112,40 +131,34 @@ class KvMover:
             more_blocks: New blocks that there must be room for too.
             own_blocks: Blocks that were the session's before; those after them were found in the
                 prefix index. None: all.
+            layer_groups: The loads bring this many groups of adjoining layers one after another;
+                a divisor of the number of layers. See `load_events`.
 
         Returns:
             False, with nothing changed, if there is no room for them and `more_blocks` new ones.
         """
         table = session.kv
-        was_held = table.held
-        if was_held:
+        if table.held:
             for ticket in session.loading:
                 self._transfers.hasten(self._job_of[ticket], priority, to_device=True)
-        if self.blocks.available_device() < self.blocks.room_needed(table, more_blocks):
+            return self.blocks.available_device() >= more_blocks
+        found = [] if own_blocks is None else table.blocks[own_blocks:]
+        found_resident = sum(block.device is not None for block in found)
+        hold = self.blocks.hold(table, more_blocks)
+        if hold is None:
             return False
-        if was_held:
-            return True
-        own = table.blocks[:own_blocks]
-        resident = sum(block.device is not None for block in own)
-        hold = self.blocks.hold(table)
-        assert hold is not None
-        self._held[session] = None
+        resident = hold.resident_blocks - found_resident
+        self.held[session] = None
         self._stranded.pop(session, None)
         session.used_ns = time.time_ns()
         loaded = 0
         if hold.ticket is not None:
             loaded = len(hold.ticket.copies)
-            self._start(hold.ticket, priority)
-        # Blocks that another session's load is still bringing are waited for too.
-        coming = {block for block in table.blocks if block.loads}
-        for ticket, job in self._job_of.items() if coming else ():
-            if ticket.direction is Direction.LOAD and not coming.isdisjoint(
-                copy.block for copy in ticket.copies
-            ):
-                if ticket not in session.loading:
-                    session.loading.add(ticket)
-                    self._waiting_for_load.setdefault(ticket, []).append(session)
-                self._transfers.hasten(job, priority, to_device=True)
+            self._start(hold.ticket, priority, layer_groups)
+            self._wait_for_load(session, hold.ticket)
+        for ticket in hold.others:
+            self._wait_for_load(session, ticket)
+            self._transfers.hasten(self._job_of[ticket], priority, to_device=True)
         self._count_hold(session, resident, priority)
         session.source = msgspec.structs.replace(
             session.source,
@@ -154,6 +167,10 @@ class KvMover:
             loaded_bytes=session.source.loaded_bytes + loaded * self.block_bytes,
         )
         return True
+
+    def _wait_for_load(self, session: Session, ticket: CopyTicket) -> None:
+        session.loading.add(ticket)
+        self._waiting_for_load.setdefault(ticket, []).append(session)
 
     def _count_hold(self, session: Session, resident_blocks: int, priority: Priority) -> None:
         self.counters.resident_hit_blocks += resident_blocks
@@ -164,22 +181,66 @@ class KvMover:
         else:
             self.counters.restores += 1
 
+    def loading_s(self, session: Session) -> float:
+        """Returns how long a session's loads will go on, going by the speed of earlier ones.
+
+        Args:
+            session: Held; all that it waits for was started when it was.
+
+        Returns:
+            Infinity if nobody can tell: others are being loaded too, or nobody ever was.
+        """
+        others = self._transfers.in_flight(to_device=True) - len(session.loading)
+        if others or not self.load_bytes_per_s:
+            return math.inf
+        start_ns = max(session.used_ns, self._last_load_end_ns)
+        return (
+            session.source.loaded_bytes / self.load_bytes_per_s - (time.time_ns() - start_ns) / 1e9
+        )
+
+    def load_events(self, session: Session, layer_groups: int) -> list[list[Event]]:
+        """Returns what compute must wait for before it reads a session's blocks, group by group.
+
+        Loads that serve somebody else too, and are divided otherwise, are waited for whole.
+
+        Args:
+            session: Held with priority `WAKE`, so that all its loads have been launched.
+            layer_groups: Groups of adjoining layers.
+
+        Returns:
+            For each group the events to be reached before its layers run; the same events may
+            stand in several groups. Empty lists if nothing is being loaded.
+        """
+        groups: list[list[Event]] = [[] for _ in range(layer_groups)]
+        for ticket in session.loading:
+            job = self._job_of[ticket]
+            assert len(job.part_events) == len(job.parts), "not launched yet"
+            for index, events in enumerate(groups):
+                part = index if len(job.parts) == layer_groups else -1
+                events.append(job.part_events[part])
+        return groups
+
     def evict(self, session: Session) -> set[CopyTicket]:
         """Lets a session's device blocks go and starts the stores that this takes.
+
+        Without offload it forgets the session's KV instead.
 
         Returns:
             The stores that have to end before all its blocks can be reused.
         """
+        if not self.mode.offload:
+            if session.kv.blocks:
+                self.drop(session)
+            # Copies from before this mode would bring back what is to be computed again.
+            self.blocks.give_up_copies(self.blocks.host_slots)
+            return set()
         self.blocks.unhold(session.kv)
-        self._held.pop(session, None)
+        self.held.pop(session, None)
         self._store(session.kv.blocks, Priority.EVICT, give_up_copies=True)
-        if any(not b.clean and b.store is None for b in session.kv.blocks):
+        stores = [block.store for block in session.kv.blocks if not block.clean]
+        if None in stores:
             self._stranded[session] = None
-        return self.stores_of(session)
-
-    def stores_of(self, session: Session) -> set[CopyTicket]:
-        """Returns the stores in flight that make the session's blocks clean."""
-        return {block.store for block in session.kv.blocks if block.store is not None}
+        return {store for store in stores if store is not None}
 
     def is_clean(self, session: Session) -> bool:
         """Returns True if the host has all of the session's KV."""
@@ -198,7 +259,7 @@ class KvMover:
         """Frees a session's KV and stops waiting for anything on its behalf."""
         self.blocks.drop(session.kv)
         self.blocks.unhold(session.kv)
-        self._held.pop(session, None)
+        self.held.pop(session, None)
         self._stranded.pop(session, None)
         for ticket in session.loading:
             self._waiting_for_load[ticket].remove(session)
@@ -237,6 +298,7 @@ class KvMover:
         return self._transfers.in_flight(to_device=to_device)
 
     def _loaded(self, ticket: CopyTicket, job: CopyJob) -> None:
+        self._last_load_end_ns = job.end_ns
         self.counters.loads += 1
         self.counters.loaded_bytes += job.size_bytes
         seconds = max(job.end_ns - job.start_ns, 1) / 1e9
@@ -269,7 +331,7 @@ class KvMover:
         if ticket is not None:
             self._start(ticket, priority)
 
-    def _start(self, ticket: CopyTicket, priority: Priority) -> None:
+    def _start(self, ticket: CopyTicket, priority: Priority, layer_groups: int = 1) -> None:
         to_device = ticket.direction is Direction.LOAD
         seam = self._host_seam_blocks
         if to_device:
@@ -280,10 +342,16 @@ class KvMover:
             pairs = [(copy.device, copy.host) for copy in ticket.copies]
             source, destination = self._device, self._host
             runs = coalesce(pairs, self.block_bytes, destination_seam=seam)
-        job = CopyJob(source, destination, runs, priority, ticket.after)
+        parts = divide(runs, self.block_bytes, layer_groups)
+        job = CopyJob(source, destination, parts, priority, ticket.after)
         self._jobs[job] = ticket
         self._job_of[ticket] = job
         self._transfers.submit(job, to_device=to_device)
+
+    @property
+    def stranded(self) -> bool:
+        """True if evicted sessions have blocks that the host has no room for."""
+        return bool(self._stranded)
 
     def store_stranded(self) -> None:
         """Tries again to store evicted sessions that the host had no room for."""
@@ -293,51 +361,3 @@ class KvMover:
             del self._stranded[session]
             if not session.kv.held:
                 self.evict(session)
-
-    # --- when room is short ----------------------------------------------------------------------
-
-    def make_room(
-        self, want_blocks: int, sessions: Iterable[Session], waiting: Sequence[Session]
-    ) -> tuple[list[Session], list[Session]]:
-        """Works towards `want_blocks` available device blocks; some may come only later.
-
-        First sessions that are idle on the device are evicted. Then, when the host is full too,
-        sessions that are evicted already are dropped to tokens.
-
-        Args:
-            want_blocks: How many blocks shall be available.
-            sessions: All; of those without a request the furthest expected wake goes first.
-            waiting: Sessions whose request waits, in order of service; the last is dropped first,
-                and only if no idle one is left. Only those that hold nothing are dropped.
-
-        Returns:
-            Those that were evicted, and those that were dropped.
-        """
-        evicted: list[Session] = []
-        dropped: list[Session] = []
-        if self.blocks.coming_device() >= want_blocks:
-            return evicted, dropped
-        for session in sorted(self._evictable(), key=furthest_first):
-            self.evict(session)
-            self.counters.evictions += 1
-            evicted.append(session)
-            if self.blocks.coming_device() >= want_blocks:
-                return evicted, dropped
-        if not self._stranded:
-            return evicted, dropped
-        idle = sorted((s for s in sessions if s.request is None), key=furthest_first)
-        for session in (*idle, *reversed(waiting)):
-            if not self._stranded or self.blocks.coming_device() >= want_blocks:
-                break
-            if not session.kv.held and session.kv.blocks:
-                self.drop(session)
-                dropped.append(session)
-                self.store_stranded()
-        return evicted, dropped
-
-    def _evictable(self) -> list[Session]:
-        return [
-            session
-            for session in self._held
-            if session.request is None and session.kv.blocks and not session.loading
-        ]

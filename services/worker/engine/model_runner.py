@@ -1,4 +1,8 @@
-"""Runs one step of the model: all tokens of a `StepPlan` in one forward pass, then sampling."""
+"""Runs one step of the model: all tokens of a `StepPlan` in one forward pass, then sampling.
+
+Sampled tokens stay on the device, where the step launched next finds those that it follows; so a
+step can be launched before the host knows what the one before it sampled.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from services.worker.engine.model_loader import LoadedModel
 from services.worker.engine.models.any import AnyModel, CheckedAttention
 from services.worker.engine.models.base import StepModel
 from services.worker.engine.models.select import fused_model
-from services.worker.engine.sampler import SamplingBatch, sample
+from services.worker.engine.sampler import SamplingBatch, follow, sample, sampled_buffer
 from services.worker.engine.step import (
     SampledToken,
     SampleRequest,
@@ -25,6 +29,7 @@ from services.worker.engine.step import (
     StepResult,
 )
 from services.worker.engine.step_input import HostStep, prepare
+from services.worker.engine.step_timer import Mark, mark
 from services.worker.engine.streams import Event, Stream
 from services.worker.engine.tensors import download, upload
 from services.worker.messages import PositionLogprobs, SamplingParams, TokenLogprob
@@ -54,6 +59,21 @@ class _Output:
     logits: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """When a step ran.
+
+    Attributes:
+        before: End of the step launched before; None if there was none.
+        start: When the model's work began.
+        end: When all was done.
+    """
+
+    before: Mark | None
+    start: Mark
+    end: Mark
+
+
 class LaunchedStep:
     """See `PendingStep`."""
 
@@ -61,6 +81,7 @@ class LaunchedStep:
         self._plan = plan
         self._requests = requests
         self._output: _Output | None = None
+        self._marks: _Marks | None = None
         self._event: Event | None = None
 
     def done(self) -> bool:
@@ -73,6 +94,8 @@ class LaunchedStep:
         assert self._event is not None
         self._event.synchronize()
         assert self._output is not None
+        assert self._marks is not None
+        marks = self._marks
         wanted = [i for i, part in enumerate(self._plan.slices) if part.sample is not None]
         tokens: list[int] = self._output.tokens.tolist()
         chosen = dict(zip(wanted, _samples(self._requests, tokens, self._output), strict=True))
@@ -80,13 +103,16 @@ class LaunchedStep:
         return StepResult(
             tuple(None if i in failed else chosen.get(i) for i in range(len(self._plan.slices))),
             failed,
+            busy_s=marks.start.seconds_until(marks.end),
+            gap_s=0.0 if marks.before is None else marks.before.seconds_until(marks.start),
         )
 
     def _launched(self, event: Event) -> None:
         self._event = event
 
-    def _finish(self, output: _Output) -> None:
+    def _finish(self, output: _Output, marks: _Marks) -> None:
         self._output = output
+        self._marks = marks
 
 
 class ModelRunner:
@@ -111,7 +137,7 @@ class ModelRunner:
             kv: The pool as ``layout.view`` shows it. Every block may be used.
             compute: Where all device work is launched.
             attention: Name of an attention backend, or ``auto``.
-            max_running_sequences: Most sequences of a step that CUDA graphs are captured for.
+            max_running_sequences: Most sequences of a step.
             any_model: Run transformers' modules even where there is a faster forward pass.
 
         Raises:
@@ -128,6 +154,10 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         spec = AttentionSpec(layout, loaded.num_query_heads, loaded.device)
         self._attention = select_backend(attention)(spec, kv)
+        # A captured step samples after each of its sequences, those that pad it included.
+        self._sampled = sampled_buffer(2 * max_running_sequences, loaded.device)
+        self._sampled_before: dict[int, int] = {}
+        self._end: Mark | None = None
 
     @property
     def attention_name(self) -> str:
@@ -138,14 +168,18 @@ class ModelRunner:
         """Queues a step on the compute stream without waiting for anything.
 
         Args:
-            plan: What to compute; at least one slice.
+            plan: What to compute; at least one slice. What `follows` another follows the plan that
+                was launched last.
 
         Returns:
             The step, whose `result` has one entry per slice.
         """
-        step = prepare(plan, self._layout.block_size_tokens)
+        step = prepare(plan, self._layout.block_size_tokens, self._sampled_before)
+        self._sampled_before = step.sampled
         launched = LaunchedStep(plan, step.requests)
-        self._compute.launch(lambda: launched._finish(self._run(step)))
+        for event in plan.after:
+            self._compute.wait(event)
+        self._compute.launch(lambda: launched._finish(*self._run(step)))
         launched._launched(self._compute.record())
         return launched
 
@@ -181,21 +215,38 @@ class ModelRunner:
         last = SequenceSlice(text[-1:], len(text) - 1, blocks, wanted)
         self.launch(StepPlan((last,))).result()
 
-    def _run(self, step: HostStep) -> _Output:
+    def _run(self, step: HostStep) -> tuple[_Output, _Marks]:
         device = self._loaded.device
+        starts: list[Mark] = []
         with torch.inference_mode():
-            made = self._graphs.run(step) if self._graphs is not None else None
-            if made is not None:
-                return _choose(made.logits, made.likeliest, step.requests)
-            attention_plan = self._attention.plan(step.shape)
-            logits = self._model.forward(
-                upload(step.token_ids, device),
-                upload(step.positions, device),
-                upload(step.rows, device),
-                self._attention,
-                attention_plan,
+            made = None
+            if self._graphs is not None:
+                made = self._graphs.run(step, lambda: starts.append(mark(device)))
+            batch = SamplingBatch(
+                [request.params for request in step.requests],
+                [request.position for request in step.requests],
             )
-            return _choose(logits.float(), None, step.requests)
+            if made is None:
+                attention_plan = self._attention.plan(step.shape)
+                starts.append(mark(device))
+                token_ids = upload(step.token_ids, device)
+                logits = self._model.forward(
+                    follow(token_ids, upload(step.follows, device), self._sampled),
+                    upload(step.positions, device),
+                    upload(step.rows, device),
+                    self._attention,
+                    attention_plan,
+                ).float()
+                tokens = sample(logits, batch)
+            else:
+                logits = made.logits
+                tokens = made.likeliest if batch.greedy else sample(logits, batch)
+            if made is None or tokens is not made.likeliest or not made.in_place:
+                self._sampled[: len(tokens)] = tokens
+            output = _take_out(logits, tokens, step.requests)
+            (start,) = starts
+            before, self._end = self._end, mark(device)
+            return output, _Marks(before, start, self._end)
 
     def _build(self, report: Callable[[str, float], None]) -> None:
         if self._attention.name != "flashinfer":
@@ -215,8 +266,9 @@ class ModelRunner:
         report("building attention kernels", 1.0)
 
     def _capture(self, report: Callable[[str, float], None]) -> None:
-        # Only the fused forward pass is known to launch nothing but kernels.
-        if self._attention.name != "flashinfer" or self._model is self._own:
+        if self._attention.name != "flashinfer":
+            return
+        if self._model is self._own and not self._can_capture_own(report):
             return
         from services.worker.engine.attention.flashinfer import FlashInferBackend
         from services.worker.engine.step_graphs import StepGraphs
@@ -225,6 +277,7 @@ class ModelRunner:
         graphs = StepGraphs(
             self._model,
             self._attention,
+            self._sampled,
             vocab_size=self._loaded.vocab_size,
             max_sequences=self._max_sequences,
             max_context_length=self._loaded.max_context_length,
@@ -239,6 +292,34 @@ class ModelRunner:
         self._compute.launch(capture)
         self._compute.record().synchronize()
         self._graphs = graphs
+
+    def _can_capture_own(self, report: Callable[[str, float], None]) -> bool:
+        """Compiles transformers' modules; returns True if they launch nothing but kernels."""
+        report("compiling layers", 0.0)
+        self._own.compile_layers()
+        wanted = SampleRequest(SamplingParams(), position=2)
+        step = prepare(
+            StepPlan((SequenceSlice([0, 0], 0, [0], wanted),)), self._layout.block_size_tokens, {}
+        )
+        device = self._loaded.device
+        found: list[bool] = []
+
+        def probe() -> None:
+            with torch.inference_mode():
+                token_ids, positions, rows = (
+                    upload(array, device) for array in (step.token_ids, step.positions, step.rows)
+                )
+                plan = self._attention.plan(step.shape)
+                found.append(
+                    self._own.only_launches(
+                        lambda: self._own.forward(token_ids, positions, rows, self._attention, plan)
+                    )
+                )
+
+        self._compute.launch(probe)
+        self._compute.record().synchronize()
+        report("compiling layers", 1.0)
+        return found == [True]
 
     def _check(self, text: list[int], blocks: list[int], failures: list[ConfigError]) -> None:
         # Caught here, or the compute stream would fail all that comes after.
@@ -257,7 +338,7 @@ class ModelRunner:
         for start, end in itertools.pairwise(bounds):
             wanted = SampleRequest(SamplingParams(), position=end)
             part = SequenceSlice(text[start:end], start, blocks, wanted)
-            step = prepare(StepPlan((part,)), self._layout.block_size_tokens)
+            step = prepare(StepPlan((part,)), self._layout.block_size_tokens, {})
             if self._model is not self._own:
                 logits = self._model.forward(
                     upload(step.token_ids, device),
@@ -298,11 +379,7 @@ def _tell_nobody(_what: str, _done: float) -> None:
     return
 
 
-def _choose(
-    logits: torch.Tensor, likeliest: torch.Tensor | None, requests: list[SampleRequest]
-) -> _Output:
-    batch = SamplingBatch([r.params for r in requests], [r.position for r in requests])
-    tokens = sample(logits, batch) if likeliest is None or not batch.greedy else likeliest
+def _take_out(logits: torch.Tensor, tokens: torch.Tensor, requests: list[SampleRequest]) -> _Output:
     chosen = top = None
     most = max((r.logprobs for r in requests if r.logprobs is not None), default=None)
     if most is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import multiprocessing
+import select
 import sys
 import time
 import traceback
@@ -18,7 +18,9 @@ import zmq
 from services.common.errors import ConfigError
 from services.worker.config import EngineConfig
 from services.worker.engine.block_manager import BlockManager
-from services.worker.engine.cuda_streams import CudaStream
+from services.worker.engine.cuda_copies import choose_copy
+from services.worker.engine.cuda_streams import CudaStream, DeviceClock
+from services.worker.engine.device_memory import log_use, measure
 from services.worker.engine.engine import Engine, EngineLimits
 from services.worker.engine.host_pool import CudaPinning, HostPool
 from services.worker.engine.kv_cache import KVCache
@@ -26,16 +28,16 @@ from services.worker.engine.kv_layout import KVLayout
 from services.worker.engine.kv_mover import KvMover
 from services.worker.engine.model_loader import LoadedModel, load
 from services.worker.engine.model_runner import ModelRunner
-from services.worker.engine.sizing import choose_block_size, choose_sizes
+from services.worker.engine.sizing import choose_block_size, choose_sizes, choose_step_tokens
+from services.worker.engine.stages import StageTimes
+from services.worker.engine.step_clock import StepClock
 from services.worker.engine.streams import CpuStream, Stream, Wakeup
 from services.worker.engine.transfer import Transfers
 from services.worker.messages import (
     Failed,
     Progress,
     Ready,
-    Started,
     ToFront,
-    Tokens,
     decode_to_engine,
     encode,
 )
@@ -70,18 +72,20 @@ def build(config: EngineConfig, wakeup: Wakeup, report: Callable[[str, float], N
     """
     if not 0 <= config.low_watermark < 1:
         raise ConfigError(f"low watermark {config.low_watermark}: at least 0, below 1")
-    loaded = load(config, report)
-    layout = _layout(config, loaded)
-    sizes = choose_sizes(config, layout, loaded.max_context_length, loaded.device)
-    report("allocating the pools", 0.0)
+    stages = StageTimes(report)
+    loaded = load(config, stages)
     on_gpu = loaded.device.type == "cuda"
+    layout = _layout(config, loaded)
+    max_step_tokens = choose_step_tokens(config, loaded.device)
+    memory = measure(loaded, max_step_tokens, config.max_running_sequences)
+    sizes = choose_sizes(config, layout, loaded.max_context_length, max_step_tokens, memory)
+    stages("allocating the pools", 0.0)
     cache = KVCache(layout, sizes.device_blocks, loaded.device)
     host = HostPool(
         sizes.host_blocks, layout.block_bytes, pinning=CudaPinning() if on_gpu else None
     )
-    compute, loads, stores = (
-        _stream(name, loaded.device, wakeup) for name in ("compute", "load", "store")
-    )
+    compute, loads, stores = _streams(loaded.device, wakeup)
+    stages("preparing the model", 0.0)
     runner = ModelRunner(
         loaded,
         layout,
@@ -90,11 +94,16 @@ def build(config: EngineConfig, wakeup: Wakeup, report: Callable[[str, float], N
         attention=config.attention,
         max_running_sequences=config.max_running_sequences,
     )
-    report("warming up", 0.0)
-    runner.warm_up(report)
+    if on_gpu:
+        # Weights and pool were made on the default stream, which the others do not wait for.
+        torch.cuda.synchronize(loaded.device)
+    stages("warming up", 0.0)
+    runner.warm_up(stages)
+    if memory is not None:
+        log_use(memory, cache.bytes.nbytes, loaded.device)
     mover = KvMover(
         BlockManager(sizes.device_blocks, host.usable_blocks, layout.block_size_tokens),
-        Transfers(loads, stores),
+        Transfers(loads, stores, copy=choose_copy(loaded.device)),
         cache.bytes,
         host.bytes,
         layout.block_bytes,
@@ -120,7 +129,8 @@ def build(config: EngineConfig, wakeup: Wakeup, report: Callable[[str, float], N
         max_running_sequences=config.max_running_sequences,
         max_step_tokens=sizes.max_step_tokens,
     )
-    engine = Engine(mover, runner, compute, cache, limits)
+    engine = Engine(mover, runner, compute, cache, limits, StepClock())
+    _log.info("the engine is built, in %s", stages.summary())
     return Built(engine, ready, (compute, loads, stores), host, wakes_loop=not on_gpu)
 
 
@@ -170,15 +180,14 @@ def _loop(
     built: Built, socket: zmq.Socket[bytes], wakeup: Wakeup, report_interval_s: float
 ) -> None:
     engine = built.engine
-    poller = zmq.Poller()
-    poller.register(socket, zmq.POLLIN)
-    poller.register(wakeup.fileno(), zmq.POLLIN)
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        poller.register(parent.sentinel, zmq.POLLIN)
+    watched = [wakeup.fileno()] + ([] if parent is None else [parent.sentinel])
     report_due = time.monotonic()
     while True:
         wakeup.clear()
+        # Tokens go out before anything else is done.
+        engine.collect()
+        _flush(engine, socket)
         _receive(engine, socket)
         if engine.stopping:
             break
@@ -191,12 +200,25 @@ def _loop(
         _flush(engine, socket)
         # A GPU's events wake nobody, so while any is awaited the loop spins.
         spin = not built.wakes_loop and not engine.idle
-        timeout_s = 0.0 if spin else max(0.0, report_due - time.monotonic())
-        ready = poller.poll(math.ceil(timeout_s * 1000))
-        if parent is not None and any(fd == parent.sentinel for fd, _ in ready):
+        due = report_due if engine.due_s is None else min(report_due, engine.due_s)
+        timeout_s = 0.0 if spin else max(0.0, due - time.monotonic())
+        ready = _wait(socket, watched, timeout_s)
+        if parent is not None and parent.sentinel in ready:
             _log.error("the front process is gone; the engine ends")
             return
     _flush(engine, socket)
+
+
+def _wait(socket: zmq.Socket[bytes], watched: list[int], timeout_s: float) -> list[int]:
+    """Waits for a message or a descriptor; returns the descriptors that are ready.
+
+    ZeroMQ's own poll counts whole milliseconds, which is long for when a step is due.
+    """
+    # The socket's descriptor tells of changes only, and asking for its state takes them in.
+    if int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        timeout_s = 0.0
+    ready, _, _ = select.select([socket.fileno(), *watched], [], [], timeout_s)
+    return ready
 
 
 def _receive(engine: Engine, socket: zmq.Socket[bytes]) -> None:
@@ -213,17 +235,7 @@ def _flush(engine: Engine, socket: zmq.Socket[bytes]) -> None:
     if not engine.outbox:
         return
     batch, engine.outbox = engine.outbox, []
-    socket.send(encode(_wakes_first(batch)))
-
-
-def _wakes_first(batch: list[ToFront]) -> list[ToFront]:
-    """Moves requests' first tokens to the front of a batch; each request's own order stays."""
-    fresh = {message.request_id for message in batch if isinstance(message, Started)}
-    if not fresh:
-        return batch
-    first = [m for m in batch if isinstance(m, Started | Tokens) and m.request_id in fresh]
-    rest = [m for m in batch if not (isinstance(m, Started | Tokens) and m.request_id in fresh)]
-    return first + rest
+    socket.send(encode(batch))
 
 
 def _layout(config: EngineConfig, loaded: LoadedModel) -> KVLayout:
@@ -237,7 +249,9 @@ def _layout(config: EngineConfig, loaded: LoadedModel) -> KVLayout:
     )
 
 
-def _stream(name: str, device: torch.device, wakeup: Wakeup) -> Stream:
+def _streams(device: torch.device, wakeup: Wakeup) -> tuple[Stream, Stream, Stream]:
+    """Returns the streams for compute, loads and stores."""
     if device.type == "cuda":
-        return CudaStream(device)
-    return CpuStream(name, wakeup)
+        clock = DeviceClock(device)
+        return CudaStream(device, clock), CudaStream(device, clock), CudaStream(device, clock)
+    return CpuStream("compute", wakeup), CpuStream("load", wakeup), CpuStream("store", wakeup)

@@ -71,6 +71,7 @@ def begin(
     blocks.truncate(session.kv, min(kept, prompt_length - 1))
     session.tokens.extend(extension)
     session.generation += 1
+    session.awaited_until_ns = 0
     session.request = Request(
         submit=submit,
         arrival=arrival,
@@ -82,8 +83,10 @@ def begin(
     return session.request
 
 
-def end(session: Session) -> Request:
+def end(session: Session, blocks: BlockManager) -> Request:
     """Takes a session's request away and bumps the generation.
+
+    The KV of a token that a launched step samples and the log will not have is cut off.
 
     Returns:
         The request.
@@ -91,6 +94,7 @@ def end(session: Session) -> Request:
     request = session.request
     assert request is not None
     session.request = None
+    blocks.truncate(session.kv, len(session.tokens))
     session.last_request_id = request.request_id
     session.generation += 1
     session.source = KvSource()
@@ -99,9 +103,13 @@ def end(session: Session) -> Request:
 
 
 def accept_token(session: Session, token_id: int) -> FinishReason | None:
-    """Appends a generated token to the log; returns why the generation ends here, if it does."""
+    """Appends a generated token to the log; returns why the generation ends here, if it does.
+
+    What launched steps compute beyond that end is for nothing.
+    """
     request = session.request
     assert request is not None
+    request.unaccepted -= 1
     session.tokens.append(token_id)
     if token_id in request.submit.stop_token_ids:
         return FinishReason.STOP

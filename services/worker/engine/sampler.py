@@ -64,6 +64,30 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     return torch.where(likeliest.isnan(), -1, greedy)
 
 
+def sampled_buffer(rows: int, device: torch.device) -> torch.Tensor:
+    """Returns where steps leave the tokens they sample for `follow`: int64 ``[rows + 1]``.
+
+    Args:
+        rows: Most tokens that a step samples.
+        device: Where.
+    """
+    return torch.full((rows + 1,), -1, dtype=torch.int64, device=device)
+
+
+def follow(token_ids: torch.Tensor, follows: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """Fills in the tokens that the step before sampled.
+
+    Args:
+        token_ids: int64 ``[T]``, what the host knows; 0 where it does not.
+        follows: int64 ``[T]``, rows of `sampled`; -1: the token is in `token_ids`.
+        sampled: From `sampled_buffer`; -1 where sampling failed, and in its last row always.
+
+    Returns:
+        int64 ``[T]``, 0 in place of a token whose sampling failed.
+    """
+    return torch.maximum(token_ids, sampled[follows])
+
+
 def _draw(
     logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
 ) -> torch.Tensor:

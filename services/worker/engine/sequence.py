@@ -28,6 +28,7 @@ class Request:
         started: `Started` has been sent.
         prefilled_tokens: Prompt tokens computed for it.
         cached_tokens: Prompt tokens whose KV was found when it first ran.
+        unaccepted: Tokens that launched steps sample and the log has not got yet.
     """
 
     submit: Submit
@@ -39,6 +40,7 @@ class Request:
     started: bool = False
     prefilled_tokens: int = 0
     cached_tokens: int = 0
+    unaccepted: int = 0
 
     @property
     def request_id(self) -> str:
@@ -63,6 +65,8 @@ class Session:
         last_request_id: Of the one that ended last; empty before.
         loading: Tickets that its blocks wait for.
         used_ns: When it was last held, ran or was told to wake.
+        awaited_until_ns: Until then its blocks are for a wake that it was restored or prefetched
+            for and that is still to come; 0: none is.
         last_generate_ns: End of its last request.
         known_tokens: Most tokens whose KV it has ever had of the present log.
         source: Where KV came from since its last request.
@@ -80,14 +84,34 @@ class Session:
     last_request_id: str = ""
     loading: set[CopyTicket] = field(default_factory=set)
     used_ns: int = 0
+    awaited_until_ns: int = 0
     last_generate_ns: int | None = None
     known_tokens: int = 0
     source: KvSource = field(default_factory=KvSource)
 
     @property
-    def remaining(self) -> int:
-        """Tokens of the log whose KV has yet to be computed."""
-        return len(self.tokens) - self.kv.tokens
+    def length(self) -> int:
+        """Tokens of the log, those included that launched steps sample."""
+        return len(self.tokens) + (0 if self.request is None else self.request.unaccepted)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the log once its request has generated all it may."""
+        assert self.request is not None
+        return self.request.prompt_length + self.request.max_tokens
+
+    @property
+    def computable(self) -> int:
+        """Tokens whose KV the next step can compute, at most.
+
+        These are the known ones that have none. When all have, it is the one that a launched step
+        samples, unless that is the last one wanted.
+        """
+        known = len(self.tokens) - self.kv.tokens
+        length = self.length
+        if length == self.most_tokens:
+            return 0
+        return known if known > 0 else length - self.kv.tokens
 
     @property
     def generated(self) -> int:
@@ -126,12 +150,12 @@ class Session:
         return self.hashes
 
     def sample_request(self) -> SampleRequest:
-        """Returns how to choose the token after the log."""
+        """Returns how to choose the token after the log and what launched steps add to it."""
         assert self.request is not None
         submit = self.request.submit
         return SampleRequest(
             params=submit.sampling,
-            position=len(self.tokens),
+            position=self.length,
             logprobs=submit.logprobs,
             return_logits=submit.return_logits,
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.worker.engine.streams import Event
 from services.worker.messages import PositionLogprobs, SamplingParams
 
 
@@ -36,19 +37,29 @@ class SequenceSlice:
         block_table: Device block ids in order of position, enough for
             ``start + len(token_ids)`` tokens. KV of the new tokens is written there.
         sample: How to choose the next token; None if the slice ends within the prompt.
+        follows: The slice's one token is the one that this slice of the step launched just before
+            samples, which nobody on the host knows yet; `token_ids` holds any id in its place.
+            None: the tokens are `token_ids`.
     """
 
     token_ids: list[int]
     start: int
     block_table: Sequence[int]
     sample: SampleRequest | None
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that one step computes; slices of one token (decodes) come first."""
+    """All that one step computes.
+
+    Attributes:
+        slices: Those of one token (decodes) come first.
+        after: What the step waits for on the device: loads of KV that it reads.
+    """
 
     slices: tuple[SequenceSlice, ...]
+    after: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +82,14 @@ class StepResult:
     Attributes:
         samples: One entry per slice of the plan; None where nothing was or could be sampled.
         failed: Indices of the slices whose logits are not numbers: their KV is worth nothing.
+        busy_s: From the beginning of its work on the device to the end, by the device's clock.
+        gap_s: From the end of the step launched before to its beginning, by the same clock.
     """
 
     samples: tuple[SampledToken | None, ...]
     failed: frozenset[int] = frozenset()
+    busy_s: float = 0.0
+    gap_s: float = 0.0
 
 
 class PendingStep(Protocol):

@@ -1,8 +1,8 @@
-"""A step's inputs at fixed places, on the host and on the device, moved by one copy."""
+"""A step's inputs at fixed places, on the host and on the device, moved by one kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 _ALIGNMENT = 64
+_WORD = torch.int32
 _NUMPY_TYPES = {torch.int64: np.int64, torch.int32: np.int32}
 
 
@@ -37,6 +38,7 @@ class StepBuffers:
             end = starts[name] + length * dtype.itemsize
         self._source = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._target = torch.zeros(end, dtype=torch.uint8, device=device)
+        self._copy = _copying(device)
         for name, (dtype, length) in fields.items():
             span = slice(starts[name], starts[name] + length * dtype.itemsize)
             self.host_tensors[name] = self._source[span].view(dtype)
@@ -47,4 +49,13 @@ class StepBuffers:
     def send(self, last_count: int) -> None:
         """Queues the copy of everything, of the last field only its first elements."""
         used = self._last_start + last_count * self._last_itemsize
-        self._target[:used].copy_(self._source[:used], non_blocking=True)
+        words = slice(0, used // _WORD.itemsize)
+        self._copy(self._source.view(_WORD)[words], self._target.view(_WORD)[words])
+
+
+def _copying(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], object]:
+    if device.type != "cuda":
+        return lambda source, target: target.copy_(source)
+    from services.worker.engine import bus_copies
+
+    return bus_copies.copy

@@ -5,7 +5,8 @@ sizes at start; a step takes the smallest that it fits and pads itself to its si
 write no K and V, and what is computed for them nobody reads.
 
 All graphs read one set of input buffers, which one copy from pinned memory fills, and share one
-pool of memory for what lies in between, as no two of them run at once.
+pool of memory for what lies in between, as no two of them run at once. The tokens that a step
+samples stay where the next one finds those that it follows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from services.worker.engine.attention.flashinfer import FlashInferBackend, FlashInferPlan
 from services.worker.engine.attention.flashinfer_graph import GraphPart, table_fields
 from services.worker.engine.models.base import StepModel
+from services.worker.engine.sampler import follow
 from services.worker.engine.step_buffers import StepBuffers
 from services.worker.engine.step_input import HostStep
 
@@ -122,10 +124,12 @@ class GraphOutput:
     Attributes:
         logits: float32 ``[n, vocab_size]``.
         likeliest: int64 ``[n]``, the likeliest tokens, -1 where logits are not numbers.
+        in_place: `likeliest` is the beginning of the tokens that the next step may follow.
     """
 
     logits: torch.Tensor
     likeliest: torch.Tensor
+    in_place: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,7 @@ class StepGraphs:
         self,
         model: StepModel,
         attention: FlashInferBackend,
+        sampled: torch.Tensor,
         *,
         vocab_size: int,
         max_sequences: int,
@@ -154,6 +159,7 @@ class StepGraphs:
         Args:
             model: The forward pass.
             attention: Its backend.
+            sampled: Where a step's tokens stay for the next one; see `follow`.
             vocab_size: Logits per token.
             max_sequences: Most sequences of a step.
             max_context_length: Most tokens of a sequence.
@@ -162,6 +168,7 @@ class StepGraphs:
         """
         self._model = model
         self._attention = attention
+        self._sampled = sampled
         self._device = device
         self._buckets = make_buckets(max_sequences, max_context_length)
         tokens = max(bucket.tokens for bucket in self._buckets)
@@ -172,6 +179,7 @@ class StepGraphs:
         self._buffers = StepBuffers(
             {
                 "token_ids": (torch.int64, tokens),
+                "follows": (torch.int64, tokens),
                 "positions": (torch.int64, tokens),
                 "slots": (torch.int64, tokens),
                 "rows": (torch.int64, sequences),
@@ -182,7 +190,7 @@ class StepGraphs:
         )
         self._planner = attention.graph_planner(self._buffers)
         self._logits = torch.zeros(sequences, vocab_size, dtype=torch.float32, device=device)
-        self._likeliest = torch.zeros(sequences, dtype=torch.int64, device=device)
+        assert sequences < len(sampled)
         self._graphs: dict[Bucket, _Captured] = {}
         self._choose = functools.lru_cache(4096)(functools.partial(choose_bucket, self._buckets))
 
@@ -200,8 +208,16 @@ class StepGraphs:
             self._capture(bucket, pool)
         report("capturing CUDA graphs", 1.0)
 
-    def run(self, step: HostStep) -> GraphOutput | None:
-        """Queues a step; returns None, having queued nothing, if no graph fits it."""
+    def run(self, step: HostStep, begin: Callable[[], None]) -> GraphOutput | None:
+        """Queues a step.
+
+        Args:
+            step: Its inputs.
+            begin: Called just before the model's work is queued.
+
+        Returns:
+            None, having queued nothing, if no graph fits it.
+        """
         shape, tokens = step.shape, len(step.token_ids)
         decodes, sequences = shape.num_decodes, len(shape.query_lengths)
         bucket = self._choose(decodes, sequences - decodes, tokens - decodes)
@@ -240,21 +256,24 @@ class StepGraphs:
             if part is not None:
                 self._planner.plan(part)
         self._attention.end_plan()
+        begin()
         captured.graph.replay()
         count = len(step.rows)
         if not bucket.prompts and count < tokens:
             # Rare: a decode that nothing is sampled after.
             wanted = torch.from_numpy(step.rows).pin_memory().to(self._device, non_blocking=True)
-            return GraphOutput(self._logits[wanted], self._likeliest[wanted])
-        return GraphOutput(self._logits[:count], self._likeliest[:count])
+            return GraphOutput(self._logits[wanted], self._sampled[wanted], in_place=False)
+        return GraphOutput(self._logits[:count], self._sampled[:count], in_place=True)
 
     def _lay_out(self, bucket: Bucket, step: HostStep, decodes: int) -> None:
         """Writes a step's tokens: decodes first, then what pads them, then prompts."""
         host, prompts = self._buffers.host, len(step.token_ids) - decodes
         gap = bucket.decodes - decodes
-        values = (step.token_ids, step.positions, step.shape.slots)
-        for name, value, padding in zip(
-            ("token_ids", "positions", "slots"), values, (0, 0, -1), strict=True
+        for name, value, padding in (
+            ("token_ids", step.token_ids, 0),
+            ("follows", step.follows, -1),
+            ("positions", step.positions, 0),
+            ("slots", step.shape.slots, -1),
         ):
             row = host[name]
             row[:decodes] = value[:decodes]
@@ -277,8 +296,10 @@ class StepGraphs:
         if bucket.prompts:
             prompt = make("prompt", bucket.prompts, bucket.prompt_tokens)
         self._attention.begin_plan()
-        for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("indices", 0)):
-            buffers.host[name].fill(value)
+        for name in ("token_ids", "positions", "indices"):
+            buffers.host[name].fill(0)
+        for name in ("follows", "slots"):
+            buffers.host[name].fill(-1)
         buffers.host["rows"][:] = np.arange(len(buffers.host["rows"])) % bucket.tokens
         for part in (decode, prompt):
             if part is not None:
@@ -308,7 +329,11 @@ class StepGraphs:
     def _forward(self, bucket: Bucket, plan: FlashInferPlan) -> None:
         device = self._buffers.device
         logits = self._model.forward(
-            device["token_ids"][: bucket.tokens],
+            follow(
+                device["token_ids"][: bucket.tokens],
+                device["follows"][: bucket.tokens],
+                self._sampled,
+            ),
             device["positions"][: bucket.tokens],
             device["rows"][: bucket.sequences],
             self._attention,
@@ -317,4 +342,4 @@ class StepGraphs:
         out = self._logits[: bucket.sequences]
         out.copy_(logits)
         values, likeliest = out.max(dim=-1)
-        self._likeliest[: bucket.sequences] = likeliest.masked_fill(values.isnan(), -1)
+        self._sampled[: bucket.sequences] = likeliest.masked_fill(values.isnan(), -1)

@@ -22,8 +22,14 @@ def upload(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor in host memory, its values there once the stream's next event is reached."""
+    """Returns a tensor in host memory, its values there once the stream's next event is reached.
+
+    It has to be kept until then.
+    """
     if tensor.device.type == "cpu":
         return tensor
+    from services.worker.engine import bus_copies
+
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+    bus_copies.copy(tensor.contiguous(), host)
+    return host

@@ -37,6 +37,8 @@ from services.worker.front.spans import SpanRecorder
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+HOST_POOL_HEALTH = "djinn.worker.HostPool"
+"""What the health service calls the host pool; it serves once all of it is pinned."""
 ENGINE_STOP_TIMEOUT_S = 10.0
 LAST_ANSWERS_S = 1.0
 """How long clients have at least to fetch the last of what was made for them, in seconds."""
@@ -86,6 +88,7 @@ class Front:
         self._server: GrpcServer | None = None
         self._generator: Generator | None = None
         self._control: ControlClient | None = None
+        self._host_blocks: int | None = None
         self._drain_until = 0.0
 
     async def run(self, stop: asyncio.Event, announce: Callable[[str], None]) -> int:
@@ -102,6 +105,7 @@ class Front:
                 config.host,
                 config.port,
                 serving=False,
+                parts=[HOST_POOL_HEALTH],
             )
             cleanup.push_async_callback(self._stop_server, self._server)
             metrics_server = MetricsServer(
@@ -121,6 +125,7 @@ class Front:
                 return 0
             model = await asyncio.to_thread(load_model, config.engine.model, ready)
             self._metrics.on_ready(ready)
+            self._host_blocks = ready.host_blocks
             self._generator = Generator(self._engine, self._logs, model)
             # What lives now lives to the end: never look through it again for garbage.
             gc.collect()
@@ -221,6 +226,9 @@ class Front:
     def on_report(self, report: messages.Report) -> None:
         """The engine has reported."""
         self._metrics.on_report(report)
+        if self._host_blocks is not None and report.host.total >= self._host_blocks:
+            assert self._server is not None
+            self._server.set_ready(HOST_POOL_HEALTH)
         if self._control is not None:
             self._control.on_report(report)
 

@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from services.common.errors import CommandTimeoutError, DjinnError
+from services.common.errors import DjinnError
 from services.worker import messages
 
 MAX_REMEMBERED = 8192
@@ -58,16 +58,7 @@ class CommandDesk:
         return command_id in self.in_flight
 
     def take(self, command: messages.Command, traceparent: str = "") -> None:
-        """Hands a new command to the engine, unless its deadline has passed."""
-        now = self._clock_ns()
-        if command.deadline_ns is not None and command.deadline_ns <= now:
-            late_ms = (now - command.deadline_ns) / 1e6
-            self.refuse(
-                command.command_id,
-                command.session_id,
-                CommandTimeoutError(f"the deadline had passed {late_ms:.0f} ms before it arrived"),
-            )
-            return
+        """Hands a new command to the engine."""
         self.in_flight[command.command_id] = (command, traceparent)
         self._send(command)
 

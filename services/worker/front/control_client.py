@@ -1,7 +1,8 @@
 """The worker's side of the control stream: dials the scheduler, for ever.
 
 Each stream begins with everything the engine holds, so a scheduler that was restarted, or that
-missed what happened meanwhile, knows it all again. While there is none, the worker serves on.
+missed what happened meanwhile, knows it all again. While there is none, the worker serves on, in
+the mode that the last Welcome told.
 """
 
 from __future__ import annotations
@@ -221,6 +222,7 @@ class ControlClient:
             raise _StreamLostError("it ended the stream without a Welcome")
         if answer.WhichOneof("message") != "welcome":
             raise _StreamLostError("it answered Hello with something else than Welcome")
+        self._send_engine(convert.set_mode(answer.welcome))
         self._connected.set()
         _logger.info(
             "connected to the scheduler at %s (epoch %s) with %d sessions",

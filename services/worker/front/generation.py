@@ -86,14 +86,18 @@ class Times:
     Attributes:
         received_ns: It reached the front.
         submitted_ns: It was sent to the engine.
+        collected_ns: The engine had its first token from the device.
         first_token_ns: Its first token reached the front.
+        first_sent_ns: Its first token was taken to be sent to the client.
         last_token_ns: Its last token so far did.
         ended_ns: It ended.
     """
 
     received_ns: int
     submitted_ns: int = 0
+    collected_ns: int = 0
     first_token_ns: int = 0
+    first_sent_ns: int = 0
     last_token_ns: int = 0
     ended_ns: int = 0
 
@@ -171,6 +175,7 @@ class Generation:
         self.times.last_token_ns = now
         if not self.times.first_token_ns:
             self.times.first_token_ns = now
+            self.times.collected_ns = tokens.collected_ns
         taken, text, self._stop = self._text.push(tokens.token_ids)
         token_ids = tokens.token_ids[:taken]
         self.token_count += taken
@@ -249,6 +254,8 @@ class Generation:
             if self._pending:
                 delta, self._pending = self._pending, Delta()
                 self._pending_logits_bytes = 0
+                if not self.times.first_sent_ns:
+                    self.times.first_sent_ns = time.time_ns()
                 return delta
             if self._over:
                 if self.error is not None:

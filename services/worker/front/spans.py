@@ -39,7 +39,14 @@ class SpanRecorder:
         if not self._recording:
             return
         times, started = generation.times, generation.started
-        events = {"first_token": times.first_token_ns} if times.first_token_ns else None
+        events = {
+            name: time_ns
+            for name, time_ns in (
+                ("first_token", times.first_token_ns),
+                ("first_token_sent", times.first_sent_ns),
+            )
+            if time_ns
+        }
         context = record_span(
             self._tracer,
             "generate",
@@ -75,12 +82,11 @@ class SpanRecorder:
                 "prefill",
                 context,
                 started.started_ns,
-                times.first_token_ns,
+                times.collected_ns or times.first_token_ns,
                 {
                     "djinn.prompt_tokens": started.context_length,
                     "djinn.cached_tokens": started.cached_tokens,
                 },
-                events,
             )
 
     def command(
@@ -107,6 +113,7 @@ class SpanRecorder:
             command.received_ns,
             done.done_ns,
             attributes,
+            {"taken": done.taken_ns} if done.taken_ns else None,
         )
 
     def _generate_attributes(self, generation: Generation) -> dict[str, AttributeValue]:

@@ -12,9 +12,11 @@ from services.worker.messages import (
     CommandDone,
     Evict,
     EvictMode,
+    Mode,
     Rejected,
     Residency,
     SamplingParams,
+    SetMode,
     Submit,
     ToEngine,
     ToFront,
@@ -28,6 +30,7 @@ from services.worker.messages import (
 def test_batches_to_the_engine_come_back_as_they_were() -> None:
     batch: list[ToEngine] = [
         Abort("r1"),
+        SetMode(Mode(write_through=False)),
         Command("c1", "s1", Evict(EvictMode.SCRUB, 5), 3, None, b"\x00record", 7),
         Submit(
             "r2",

@@ -3,6 +3,10 @@
 The wrappers read their tables from `StepBuffers`, which every step refills. FlashInfer's own
 `plan` would copy those tables once more and look into them element by element, which takes longer
 than a small step may wait: after the first time only the planning itself is called.
+
+Planning ends with a copy of its result to the device by a copy engine, which would make the step
+wait for all KV that is on its way there. So that copy goes to a place where nobody looks, beside
+the step's stream, and a kernel brings the result (see `bus_copies`).
 """
 
 from __future__ import annotations
@@ -19,6 +23,12 @@ from services.worker.engine.step_buffers import StepBuffers
 
 _NO_WINDOW = -1
 _NO_SPLIT_SIZE = -1
+_WORD = torch.int32
+
+# Of FlashInfer's `DecodePlanInfo` and `PrefillPlanInfo` as vectors: where the counts of tiles (and
+# of rows) stand, and the offsets of arrays of at most one int32 more than these counts.
+_PLAN_COUNTS = {10: (0,), 15: (0, 1)}
+_PLAN_OFFSETS = {10: (3, 4, 5, 6, 7), 15: (2, 4, 5, 6, 7, 8, 9, 12)}
 
 
 def table_fields(decodes: int, prompts: int) -> dict[str, tuple[torch.dtype, int]]:
@@ -53,6 +63,16 @@ class GraphPart:
     tokens: int
 
 
+def plan_bytes(info: Sequence[int]) -> int:
+    """Returns how many bytes of the workspace for integers a plan takes, or a few more.
+
+    Args:
+        info: FlashInfer's plan as a vector: of decodes it has 10 elements, of prompts 15.
+    """
+    most = 1 + max(info[place] for place in _PLAN_COUNTS[len(info)])
+    return max(info[place] for place in _PLAN_OFFSETS[len(info)]) + most * _WORD.itemsize
+
+
 class GraphPlanner:
     """Fills tables and plans.
 
@@ -72,6 +92,7 @@ class GraphPlanner:
         self.block_size = spec.layout.block_size_tokens
         self._empty = torch.empty(0, dtype=spec.layout.dtype)
         self._no_indices = torch.empty(0, dtype=torch.int32, device=spec.device)
+        self._aside: tuple[torch.cuda.Stream, torch.Tensor] | None = None
 
     def device(self, name: str, count: int) -> torch.Tensor:
         """Returns the first elements of a buffer on the device."""
@@ -151,13 +172,15 @@ class GraphPlanner:
 
     def plan(self, part: GraphPart) -> None:
         """Plans anew; the tables are those that `fill` wrote."""
+        from services.worker.engine import bus_copies
+
         layout, wrapper = self._spec.layout, part.wrapper
         host = self._host(part)
-        shared = (
-            wrapper._float_workspace_buffer,
-            wrapper._int_workspace_buffer,
-            wrapper._pin_memory_int_workspace_buffer,
-        )
+        result, target = wrapper._pin_memory_int_workspace_buffer, wrapper._int_workspace_buffer
+        if self._aside is None:
+            self._aside = torch.cuda.Stream(self._spec.device), torch.empty_like(target)
+        stream, unread = self._aside
+        shared = (wrapper._float_workspace_buffer, unread, result)
         heads = (self._spec.num_query_heads, layout.num_kv_heads, layout.block_size_tokens, True)
         dims = (layout.head_dim, layout.head_dim)
         if part.kind == "decode" and not wrapper.use_tensor_cores:
@@ -189,7 +212,10 @@ class GraphPlanner:
                 False,
                 0,
             )
-        wrapper._plan_info = wrapper._cached_module.plan(*shared, *arguments)
+        with torch.cuda.stream(stream):
+            wrapper._plan_info = wrapper._cached_module.plan(*shared, *arguments)
+        words = slice(0, plan_bytes(list(wrapper._plan_info)) // _WORD.itemsize)
+        bus_copies.copy(result.view(_WORD)[words], target.view(_WORD)[words])
 
     def _host(self, part: GraphPart) -> Callable[[str, int], torch.Tensor]:
         def get(name: str, more: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from services.common.errors import ConfigError
+from services.worker.engine.attention import torch_varlen
 from services.worker.engine.attention.base import AttentionBackend, AttentionSpec, BackendFactory
 from services.worker.engine.attention.sdpa import SdpaBackend
 
@@ -22,6 +23,8 @@ def _fastest(spec: AttentionSpec, kv: torch.Tensor) -> AttentionBackend:
 
         if why_not(spec) is None:
             return FlashInferBackend(spec, kv)
+        if torch_varlen.why_not(spec) is None:
+            return torch_varlen.TorchVarlenBackend(spec, kv)
     return SdpaBackend(spec, kv)
 
 
@@ -29,6 +32,7 @@ _BACKENDS: dict[str, BackendFactory] = {
     "auto": _fastest,
     "flashinfer": _flashinfer,
     "sdpa": SdpaBackend,
+    "torch_varlen": torch_varlen.TorchVarlenBackend,
 }
 
 

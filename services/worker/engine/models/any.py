@@ -11,9 +11,12 @@ No function is registered for building masks: transformers then builds none.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AttentionInterface, PreTrainedModel
 
 from services.common.errors import ConfigError
@@ -21,6 +24,8 @@ from services.worker.engine.attention import AttentionBackend, Plan
 from services.worker.engine.models.few_rows import FewRows
 
 ATTENTION_NAME = "djinn"
+
+_log = logging.getLogger(__name__)
 
 # What modules pass along without it changing how a layer attends.
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "layer_idx"})
@@ -153,7 +158,8 @@ def _attention_forward(
 
 def register_attention() -> None:
     """Makes ``attn_implementation="djinn"`` known to transformers; harmless when repeated."""
-    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+    # What is compiled stops before the attention, which plans and launches in its own ways.
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(_attention_forward))
 
 
 class AnyModel:
@@ -164,6 +170,51 @@ class AnyModel:
         self._model = model
         self._few_rows = FewRows(model)
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def compile_layers(self, backend: str | Callable[..., object] = "inductor") -> None:
+        """Has the parts of each layer between products compiled, on their first use.
+
+        All layers share what is compiled, once for one token and once for any other number of
+        them; the attention stays as it is.
+
+        Args:
+            backend: Of `torch.compile`.
+        """
+        for layer in self._layers():
+            layer.compile(backend=backend, dynamic=True)
+
+    def only_launches(self, forward: Callable[[], object]) -> bool:
+        """Returns True if the modules wait for the GPU nowhere, so that a graph can hold them.
+
+        Layers that do not compile are left as they are.
+
+        Args:
+            forward: Computes some tokens; called twice, as what is compiled may wait at first.
+        """
+        try:
+            forward()
+        except TorchDynamoException as error:
+            _log.warning("the layers are not compiled: %s", str(error).partition("\n")[0])
+            for layer in self._layers():
+                # There is no public way back.
+                layer._compiled_call_impl = None
+            forward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            forward()
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return True
+
+    def _layers(self) -> list[torch.nn.Module]:
+        kinds = getattr(self._model, "_no_split_modules", None) or ()
+        return [module for module in self._model.modules() if type(module).__name__ in kinds]
 
     def forward(
         self,
@@ -189,7 +240,8 @@ class AnyModel:
             ConfigError: A layer asks for what no backend here does.
         """
         try:
-            return self._forward(token_ids, positions, rows, attention)
+            with torch.compiler.set_stance("force_eager"):
+                return self._forward(token_ids, positions, rows, attention)
         except TypeError as error:
             raise ConfigError(f"{error}: not supported") from error
 
@@ -204,7 +256,8 @@ class AnyModel:
         """
         self._model.set_attn_implementation("sdpa")
         try:
-            output = self._model(input_ids=token_ids.unsqueeze(0), use_cache=False)
+            with torch.compiler.set_stance("force_eager"):
+                output = self._model(input_ids=token_ids.unsqueeze(0), use_cache=False)
         finally:
             self._model.set_attn_implementation(ATTENTION_NAME)
         logits: torch.Tensor = output.logits[0, -1]

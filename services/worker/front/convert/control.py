@@ -18,6 +18,7 @@ from services.worker.front.generator import ServedModel
 
 MAX_COMMAND_ID_CHARS = 256
 MAX_PRIORITY = 100
+MAX_TIMEOUT_NS = 86_400 * 10**9
 
 _bad = InvalidRequestError.of_field
 
@@ -82,6 +83,20 @@ def hello(
     )
 
 
+def set_mode(welcome: pb.Welcome) -> messages.SetMode:
+    """Returns how the scheduler wants the engine to serve; if it does not say, as it was told."""
+    if not welcome.HasField("mode"):
+        return messages.SetMode(messages.Mode())
+    mode = welcome.mode
+    return messages.SetMode(
+        messages.Mode(
+            write_through=mode.write_through,
+            offload=mode.offload,
+            share_prefixes=mode.share_prefixes,
+        )
+    )
+
+
 def command(received: pb.Command, received_ns: int) -> messages.Command:
     """Returns a command as plain data.
 
@@ -101,9 +116,7 @@ def command(received: pb.Command, received_ns: int) -> messages.Command:
         expected_generation=(
             received.expected_generation if received.HasField("expected_generation") else None
         ),
-        deadline_ns=(
-            _nanoseconds("deadline", received.deadline) if received.HasField("deadline") else None
-        ),
+        deadline_ns=received_ns + _timeout_ns(received) if received.HasField("timeout") else None,
         scheduler_record=(
             received.scheduler_record if received.HasField("scheduler_record") else None
         ),
@@ -151,6 +164,13 @@ def _priority(field: str, priority: int) -> int:
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise _bad(field, f"{priority} is not from -{MAX_PRIORITY} to {MAX_PRIORITY}")
     return priority
+
+
+def _timeout_ns(received: pb.Command) -> int:
+    length_ns = received.timeout.ToNanoseconds()
+    if not 0 < length_ns <= MAX_TIMEOUT_NS:
+        raise _bad("timeout", f"{length_ns / 1e9:g} s is not above 0 and at most a day")
+    return length_ns
 
 
 def _nanoseconds(field: str, timestamp: Timestamp) -> int:

@@ -141,7 +141,7 @@ def test_the_only_copy_of_anything_is_never_given_up() -> None:
     stored(blocks, away)
     blocks.unhold(away)
     other = filled(blocks, 4 * SIZE)
-    assert blocks.missing(away) == 2
+    assert blocks.residency(away, away.tokens).device_blocks == 0
     assert blocks.store(other.blocks, give_up_copies=True) is None
     blocks.give_up_copies(2)
     assert blocks.free_host() == 0
@@ -240,7 +240,7 @@ def test_the_order_of_reuse_does_not_grow_with_every_sleep_and_wake() -> None:
     for _ in range(1000):
         blocks.unhold(table)
         blocks.hold(table)
-    assert len(blocks._device._ranked) < 100
+    assert len(blocks._reuse.device._ranked) < 100
 
 
 def test_host_slots_come_as_they_are_pinned() -> None:

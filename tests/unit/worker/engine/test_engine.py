@@ -82,6 +82,7 @@ def test_a_generate_restores_what_nobody_restored(harness: EngineHarness) -> Non
 
 def test_a_lazily_evicted_session_is_found_resident(harness: EngineHarness) -> None:
     first = harness.generate("a", PROMPT, 2)
+    harness.run()
     evicted = harness.carry_out("a", Evict())
     assert evicted.moved_blocks == 1  # the partial tail: the rest was written through
     result = harness.carry_out("a", Restore())
@@ -360,6 +361,15 @@ def test_a_stale_command_does_nothing(harness: EngineHarness) -> None:
         reasons.append(done.error.reason)
     assert reasons == ["STALE_GENERATION", "COMMAND_TIMEOUT", "SESSION_UNKNOWN"]
     assert harness.session("a").kv.held
+
+
+def test_a_command_says_when_it_was_taken_on(harness: EngineHarness) -> None:
+    harness.generate("a", PROMPT)
+    command = harness.command("a", Evict())
+    harness.run()
+    done = harness.done(command)
+    assert done is not None
+    assert 0 < done.taken_ns <= done.done_ns
 
 
 def test_a_late_generate_does_not_revive_a_closed_session(harness: EngineHarness) -> None:

@@ -23,10 +23,12 @@ from services.worker.messages import (
     Open,
     Prefetch,
     Restore,
+    SessionEvent,
+    SessionEventKind,
     SetHint,
     StopAt,
 )
-from tests.support.engine_harness import BLOCK, VOCAB, EngineHarness, continuation
+from tests.support.engine_harness import BLOCK, POISON, VOCAB, EngineHarness, continuation
 from tests.support.manual_stream import ManualStream
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f"])
@@ -65,14 +67,34 @@ class MemoryMachine(RuleBasedStateMachine):
         self.logs: dict[str, list[int]] = {}
         self.running: dict[str, tuple[str, list[int]]] = {}
         self.stops: dict[str, int] = {}
+        self.stop_tokens: dict[str, int] = {}
         self.closed_requests: set[str] = set()
         self.commands: list[str] = []
+        # Whose wake is to come: told to wake, and no request of theirs or eviction since.
+        self.awake: set[str] = set()
+        # Commands that restore each, since anything but restores last took device blocks.
+        self.restores: dict[str, list[str]] = {}
+        self.heard = 0
 
     # --- what can happen -------------------------------------------------------------------------
 
     @rule(name=NAMES, append=TOKENS, count=st.integers(1, 6))
     def generate(self, name: str, append: list[int], count: int) -> None:
         self._submit(name, self._log(name), append, count, full_context=None)
+
+    @rule(name=NAMES, append=TOKENS, kept=st.integers(1, 5))
+    def generate_to_a_stop_token(self, name: str, append: list[int], kept: int) -> None:
+        log = self._log(name)
+        stop = continuation([*log, *append], kept)[-1]
+        self._submit(name, log, append, 6, full_context=None, stop_token=stop)
+
+    @rule(name=NAMES)
+    def generate_after_poison(self, name: str) -> None:
+        self._submit(name, self._log(name), [POISON], 6, full_context=None)
+
+    @rule(ahead=st.booleans())
+    def change_the_pace(self, ahead: bool) -> None:
+        self.harness.clock.ahead = ahead
 
     @rule(name=NAMES, keep=st.integers(0, 40), append=TOKENS, count=st.integers(1, 6))
     def generate_from_a_cut_context(
@@ -96,7 +118,13 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, action=ACTIONS)
     def command(self, name: str, action: Action) -> None:
+        if isinstance(action, Restore):
+            self._restore(name)
+            return
         self.commands.append(self.harness.command(name, action))
+        if isinstance(action, Evict | Drop | Close):
+            self.awake.discard(name)
+            self.restores.pop(name, None)
         if isinstance(action, Close):
             self.commands.append(self.harness.command(name, Open()))
             self.logs[name] = []
@@ -104,8 +132,22 @@ class MemoryMachine(RuleBasedStateMachine):
                 self.closed_requests.add(self.running[name][0])
 
     @rule()
+    def restore_everybody(self) -> None:
+        for name in sorted(self.harness.engine.sessions):
+            self._restore(name)
+
+    @rule()
     def turn(self) -> None:
         self.harness.turn()
+        if self.running:
+            self.restores.clear()
+        # As the scheduler does for an agent that computes and is not on the device.
+        heard, self.heard = self.harness.heard[self.heard :], len(self.harness.heard)
+        for message in heard:
+            if isinstance(message, SessionEvent) and message.kind is SessionEventKind.EVICTED:
+                name = message.session.session_id
+                if name in self.awake and name not in self.running:
+                    self._restore(name)
 
     @rule(name=STREAMS, pieces=st.integers(1, 3))
     def run_a_stream(self, name: str, pieces: int) -> None:
@@ -115,7 +157,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule()
     def come_to_rest(self) -> None:
         for _ in range(400):
-            self.harness.turn()
+            self.turn()
             if self.harness.engine.idle:
                 return
             for name in ("store", "load", "compute"):
@@ -131,13 +173,19 @@ class MemoryMachine(RuleBasedStateMachine):
         for name, (request_id, context) in list(self.running.items()):
             found = self.harness.generation(request_id)
             assert found.tokens is not None
-            assert found.tokens == continuation(context, len(found.tokens))
+            poisoned = POISON in context
+            assert found.tokens == ([] if poisoned else continuation(context, len(found.tokens)))
+            assert self.stop_tokens.get(request_id) not in found.tokens[:-1]
             if found.finished is None and found.rejected is None:
                 continue
             del self.running[name]
             stop = self.stops.pop(name, None)
-            if found.rejected is not None and found.rejected.error.reason != "CANCELLED":
-                assert found.rejected.error.reason in ("CONTEXT_TOO_LONG", "SESSION_CLOSED")
+            reason = None if found.rejected is None else found.rejected.error.reason
+            if reason == "INTERNAL":
+                assert poisoned
+                self.logs[name] = context
+            elif found.rejected is not None and reason != "CANCELLED":
+                assert reason in ("CONTEXT_TOO_LONG", "SESSION_CLOSED")
             elif request_id not in self.closed_requests:
                 self.logs[name] = (context + found.tokens)[:stop]
 
@@ -148,6 +196,14 @@ class MemoryMachine(RuleBasedStateMachine):
         for name, session in self.harness.engine.sessions.items():
             if name not in self.running:
                 assert session.tokens == self.logs.get(name, [])
+
+    @invariant()
+    def restores_do_not_take_each_others_blocks(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        for commands in self.restores.values():
+            results = [self.harness.done(command) for command in commands]
+            assert sum(result is not None and result.moved_blocks > 0 for result in results) <= 1
 
     @invariant()
     def every_slot_is_accounted_for(self) -> None:
@@ -165,6 +221,11 @@ class MemoryMachine(RuleBasedStateMachine):
             self.come_to_rest()
             self.every_generation_is_its_context_continued()
             assert not self.running
+            # Each wake that is put off lets one restore more have its room.
+            for _ in self.harness.engine.sessions:
+                for session in self.harness.engine.sessions.values():
+                    session.awaited_until_ns = 0
+                self.come_to_rest()
             assert all(self.harness.done(command) is not None for command in self.commands)
         finally:
             self.harness.close()
@@ -178,12 +239,29 @@ class MemoryMachine(RuleBasedStateMachine):
         append: list[int],
         count: int,
         full_context: Sequence[int] | None,
+        stop_token: int | None = None,
     ) -> None:
         if name in self.running:
             return
+        self.awake.discard(name)
         log = [*context, *append]
-        request_id = self.harness.submit(name, append, max_tokens=count, full_context=full_context)
+        request_id = self.harness.submit(
+            name,
+            append,
+            max_tokens=count,
+            full_context=full_context,
+            stop=[] if stop_token is None else [stop_token],
+        )
         self.running[name] = (request_id, log)
+        if stop_token is not None:
+            self.stop_tokens[request_id] = stop_token
+
+    def _restore(self, name: str) -> None:
+        command = self.harness.command(name, Restore())
+        self.commands.append(command)
+        if name in self.harness.engine.sessions and name not in self.running:
+            self.awake.add(name)
+            self.restores.setdefault(name, []).append(command)
 
     def _log(self, name: str) -> list[int]:
         return list(self.logs.get(name, []))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -58,6 +60,80 @@ def test_seeded_sampling_is_the_same_alone_and_in_a_batch(loaded: LoadedModel) -
         together = driver.generate(texts, 20)
     assert together[-1:] == alone
     assert together[-1] != together[2]
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.9, top_k=50, seed=7)]
+)
+def test_steps_that_follow_each_other_give_what_they_give_one_by_one(
+    loaded: LoadedModel, sampling: SamplingParams
+) -> None:
+    with driving(loaded) as driver:
+        expected = [driver.generate([driver.text(p, 5, sampling)], 5)[0] for p in PROMPTS]
+    with driving(loaded) as driver:
+        texts = [driver.text(prompt, 5, sampling) for prompt in PROMPTS]
+        # Prompts that end in this step change places with those that ended before.
+        order = sorted(texts, key=lambda text: len(text.tokens) > 1)
+        launched = [driver.runner.launch(StepPlan(tuple(map(driver.part, order))))]
+        for ahead in range(4):
+            order, before = order[::-1], order
+            parts = [
+                SequenceSlice(
+                    token_ids=[0],
+                    start=len(text.tokens) + ahead,
+                    block_table=text.block_table,
+                    sample=SampleRequest(sampling, len(text.tokens) + ahead + 1),
+                    follows=before.index(text),
+                )
+                for text in order
+            ]
+            launched.append(driver.runner.launch(StepPlan(tuple(parts))))
+            for text, sample in zip(before, launched[-2].result().samples, strict=True):
+                assert sample is not None
+                text.chosen.append(sample.token_id)
+        for text, sample in zip(order, launched[-1].result().samples, strict=True):
+            assert sample is not None
+            text.chosen.append(sample.token_id)
+        assert [text.chosen for text in texts] == expected
+
+
+def test_a_step_may_follow_logits_that_are_not_numbers(driver: Driver) -> None:
+    bad = driver.text(PROMPTS[1], 2)
+    good = driver.text(PROMPTS[0], 2)
+    first = driver.runner.launch(StepPlan((driver.part(bad), driver.part(good))))
+    block = driver.layout.view(driver.pool)[bad.block_table[0]]
+
+    def spoil() -> None:
+        block.fill_(torch.nan)
+
+    driver.stream.launch(spoil)
+    parts = [
+        SequenceSlice(
+            [0],
+            len(text.tokens),
+            text.block_table,
+            SampleRequest(text.sampling, len(text.tokens) + 1),
+            follows=index,
+        )
+        for index, text in enumerate((bad, good))
+    ]
+    second = driver.runner.launch(StepPlan(tuple(parts)))
+    third = driver.runner.launch(
+        StepPlan(tuple(dataclasses.replace(part, start=part.start + 1) for part in parts))
+    )
+    assert first.result().samples[1] is not None
+    assert second.result().failed == third.result().failed == {0}
+
+
+def test_steps_say_how_long_they_took_and_how_long_the_device_waited(driver: Driver) -> None:
+    text = driver.text(PROMPTS[1], 1)
+    plan = StepPlan((driver.part(text),))
+    first = driver.runner.launch(plan).result()
+    begin_s = time.monotonic()
+    second = driver.runner.launch(plan).result()
+    assert first.busy_s > 0
+    assert 0 < second.busy_s < time.monotonic() - begin_s
+    assert second.gap_s > 0
 
 
 def test_a_slice_within_the_prompt_samples_nothing(driver: Driver) -> None:

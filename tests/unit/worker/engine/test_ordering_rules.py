@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from services.worker.engine.block_manager import BlockManager
+from services.worker.engine.slot_reuse import SlotReuse
 from services.worker.messages import Abort, Close, Evict, EvictMode, Restore
 from tests.support.engine_harness import BLOCK, EngineHarness, ScrubbedReadError, continuation
 from tests.support.manual_stream import ManualStream
@@ -76,10 +77,24 @@ def rule_2_compute_reads_a_restored_block_only_after_its_load() -> bool:
     log = PROMPT + stage.generate("a", PROMPT)
     stage.harness.command("a", Evict(EvictMode.SCRUB))
     stage.finish()
+    stage.harness.clock.ahead = False
     request_id = stage.harness.submit("a", [3], max_tokens=2)
     for _ in range(3):
         stage.harness.turn()
         stage.stream("compute").run()
+    stage.finish()
+    return stage.right(request_id, [*log, 3], 2)
+
+
+def rule_2_a_step_launched_while_a_load_goes_on_reads_only_after_it() -> bool:
+    stage = Stage()
+    log = PROMPT + stage.generate("a", PROMPT)
+    stage.harness.command("a", Evict(EvictMode.SCRUB))
+    stage.finish()
+    request_id = stage.harness.submit("a", [3], max_tokens=2)
+    stage.harness.turn()
+    assert any(plan.after for plan in stage.harness.runner.plans)
+    stage.stream("compute").run()
     stage.finish()
     return stage.right(request_id, [*log, 3], 2)
 
@@ -185,32 +200,36 @@ def _without_waits(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _without(
-    method: str, instead: Callable[[object], bool]
+    owner: type, method: str, instead: Callable[[object], bool]
 ) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(BlockManager, method, staticmethod(instead))
+    return lambda patch: patch.setattr(owner, method, staticmethod(instead))
 
 
 RULES = [
     (rule_1_a_store_waits_for_the_compute_that_wrote_the_block, _without_waits("store")),
     (
         rule_2_compute_reads_a_restored_block_only_after_its_load,
-        _without("loaded", lambda _: True),
+        _without(BlockManager, "loaded", lambda _: True),
+    ),
+    (
+        rule_2_a_step_launched_while_a_load_goes_on_reads_only_after_it,
+        _without_waits("compute"),
     ),
     (
         rule_3_a_device_block_is_not_handed_out_while_a_store_reads_it,
-        _without("_store_reads_device", _never),
+        _without(SlotReuse, "_store_reads_device", _never),
     ),
     (
         rule_4_a_device_block_is_not_handed_out_while_a_load_writes_it,
-        _without("_load_writes_device", _never),
+        _without(SlotReuse, "_load_writes_device", _never),
     ),
     (
         rule_5_a_host_block_is_not_handed_out_while_a_load_reads_it,
-        _without("_load_reads_host", _never),
+        _without(SlotReuse, "_load_reads_host", _never),
     ),
     (
         rule_6_a_host_block_is_not_handed_out_while_a_store_writes_it,
-        _without("_store_writes_host", _never),
+        _without(SlotReuse, "_store_writes_host", _never),
     ),
     (
         rule_7_a_load_writes_a_device_block_only_after_the_last_step_that_touches_it,

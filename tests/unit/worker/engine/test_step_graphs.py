@@ -103,14 +103,17 @@ def test_a_plan_is_laid_out_flat() -> None:
         (
             SequenceSlice([7], 9, array("i", [3, 5, 1]), wanted),
             SequenceSlice([8], 0, array("i", [2]), None),
+            SequenceSlice([0], 3, array("i", [5]), wanted, follows=4),
             SequenceSlice([1, 2, 3, 4], 2, array("i", [6, 4]), wanted),
         )
     )
-    step = prepare(plan, 4)
-    assert step.token_ids.tolist() == [7, 8, 1, 2, 3, 4]
-    assert step.positions.tolist() == [9, 0, 2, 3, 4, 5]
-    assert step.shape.slots.tolist() == [1 * 4 + 1, 8, 26, 27, 16, 17]
-    assert step.rows.tolist() == [0, 5]
-    assert step.shape.num_decodes == 2
-    assert step.shape.kv_lengths == [10, 1, 6]
+    step = prepare(plan, 4, {1: 0, 4: 1})
+    assert step.token_ids.tolist() == [7, 8, 0, 1, 2, 3, 4]
+    assert step.follows.tolist() == [-1, -1, 1, -1, -1, -1, -1]
+    assert step.positions.tolist() == [9, 0, 3, 2, 3, 4, 5]
+    assert step.shape.slots.tolist() == [1 * 4 + 1, 8, 23, 26, 27, 16, 17]
+    assert step.rows.tolist() == [0, 2, 6]
+    assert step.sampled == {0: 0, 2: 1, 3: 2}
+    assert step.shape.num_decodes == 3
+    assert step.shape.kv_lengths == [10, 1, 4, 6]
     assert step.rows.dtype == np.int64

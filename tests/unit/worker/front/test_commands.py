@@ -33,16 +33,6 @@ def test_a_command_is_done_once_and_told_each_time_it_is_asked_for() -> None:
     assert bench.sent == [command]
 
 
-def test_a_command_whose_deadline_has_passed_is_not_begun() -> None:
-    bench = Bench()
-    bench.desk.take(bench.command(deadline_ns=1_000))
-    assert bench.sent == []
-    assert bench.told[0].error is not None
-    assert bench.told[0].error.code == "DEADLINE_EXCEEDED"
-    bench.desk.take(bench.command("d", deadline_ns=1_001))
-    assert len(bench.sent) == 1
-
-
 def test_a_refusal_is_remembered_if_it_has_an_id() -> None:
     bench = Bench()
     bench.desk.refuse("c", "s", InvalidRequestError("bad"))

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +29,7 @@ class Bench:
 
     def __init__(self, address: str) -> None:
         self.commands: asyncio.Queue[messages.Command] = asyncio.Queue()
+        self.modes: list[messages.Mode] = []
         self.over: list[tuple[messages.Command, str, messages.CommandDone]] = []
         self.sessions = [session_state("a")]
         self.answer_snapshots = True
@@ -41,6 +42,8 @@ class Bench:
     def send(self, message: messages.ToEngine) -> None:
         if isinstance(message, messages.Command):
             self.commands.put_nowait(message)
+        elif isinstance(message, messages.SetMode):
+            self.modes.append(message.mode)
         elif isinstance(message, messages.GetSnapshot) and self.answer_snapshots:
             for event in self.events_before_snapshot:
                 self.client.on_session_event(event)
@@ -135,12 +138,12 @@ async def test_bad_commands_fail_by_their_results_and_the_stream_lives(
     stream.command("no-action")
     stream.command("", **EVICT)
     stream.command("bad-session", "a b", **EVICT)
-    stream.command("late", deadline=Timestamp(seconds=1), **EVICT)
+    stream.command("late", timeout=Duration(), **EVICT)
     codes = {}
     for _ in range(4):
         result = await stream.next("result")
         codes[result.command_id] = result.status.code
-    assert codes == {"no-action": 3, "": 3, "bad-session": 3, "late": 4}
+    assert codes == {"no-action": 3, "": 3, "bad-session": 3, "late": 3}
     stream.command("good", **EVICT)
     assert (await bench.commands.get()).command_id == "good"
     assert bench.commands.empty()
@@ -183,6 +186,24 @@ async def test_a_lost_stream_is_followed_by_one_with_a_new_snapshot(
     again.command(**EVICT)
     assert (await again.next("result")).moved_bytes == 7
     assert bench.commands.empty()
+
+
+async def test_each_welcome_tells_the_mode_ahead_of_any_command(
+    bench: Bench, scheduler: tuple[FakeScheduler, int]
+) -> None:
+    stream = await scheduler[0].streams.get()
+    stream.welcome(mode=pb.WorkerMode(share_prefixes=True))
+    stream.command("c1", **EVICT)
+    await bench.commands.get()
+    narrow = messages.Mode(write_through=False, offload=False)
+    assert bench.modes == [narrow]
+    stream.end()
+    stream = await scheduler[0].streams.get()
+    assert bench.modes == [narrow]  # without a scheduler the last one holds
+    stream.welcome()
+    stream.command("c2", **EVICT)
+    await bench.commands.get()
+    assert bench.modes == [narrow, messages.Mode()]
 
 
 async def test_a_scheduler_that_does_not_welcome_is_left(

@@ -41,6 +41,23 @@ def ids(text: str) -> list[int]:
     return encoded
 
 
+async def test_the_way_of_the_first_token_is_timed() -> None:
+    generation = Bench().generation
+    generation.on_started(started())
+    generation.on_tokens(messages.Tokens("1:r", [1], [], [], collected_ns=5))
+    generation.on_tokens(messages.Tokens("1:r", [2], [], [], collected_ns=9))
+    times = generation.times
+    assert (times.collected_ns, times.first_sent_ns) == (5, 0)
+    assert isinstance(await generation.next(), Begun)
+    assert times.first_sent_ns == 0
+    assert isinstance(await generation.next(), Delta)
+    first_sent_ns = times.first_sent_ns
+    assert first_sent_ns >= times.first_token_ns > 0
+    generation.on_tokens(tokens(3))
+    assert isinstance(await generation.next(), Delta)
+    assert times.first_sent_ns == first_sent_ns
+
+
 async def test_what_has_come_meanwhile_is_one_delta() -> None:
     bench = Bench()
     generation = bench.generation

@@ -38,7 +38,8 @@ def generation(kv: messages.KvSource | None = None) -> Generation:
     done = Generation(submit(), SessionLog(), TextStream(None), lambda message: None)
     done.on_started(started(kv=kv or messages.KvSource()))
     times = done.times
-    times.received_ns, times.first_token_ns, times.ended_ns = 1_000, 7_000, 9_000
+    times.received_ns, times.collected_ns, times.ended_ns = 1_000, 6_000, 9_000
+    times.first_token_ns, times.first_sent_ns = 7_000, 7_500
     return done
 
 
@@ -55,12 +56,15 @@ def test_a_request_is_a_span_with_its_parts(
     assert root.parent is not None
     assert trace.format_span_id(root.parent.span_id) == PARENT.split("-")[2]
     assert (root.start_time, root.end_time) == (1_000, 9_000)
-    assert [(event.name, event.timestamp) for event in root.events] == [("first_token", 7_000)]
+    assert [(event.name, event.timestamp) for event in root.events] == [
+        ("first_token", 7_000),
+        ("first_token_sent", 7_500),
+    ]
     assert root.attributes is not None
     assert root.attributes["gen_ai.request.model"] == "model"
     assert root.attributes["gen_ai.conversation.id"] == "s"
     assert root.attributes["gen_ai.response.finish_reasons"] == ("length",)
-    for name, times in (("queue", (1_000, 3_000)), ("prefill", (3_000, 7_000))):
+    for name, times in (("queue", (1_000, 3_000)), ("prefill", (3_000, 6_000))):
         span = spans[name]
         assert span.parent is not None
         assert root.context is not None
@@ -117,7 +121,9 @@ def test_a_command_that_moves_kv_is_a_span_under_its_cause(
     name: str | None,
 ) -> None:
     command = messages.Command("c", "s", action, received_ns=100)
-    done = command_done(moved_bytes=50, copy_start_ns=200, copy_end_ns=300, done_ns=400)
+    done = command_done(
+        moved_bytes=50, copy_start_ns=200, copy_end_ns=300, done_ns=400, taken_ns=150
+    )
     recorder.command(command, PARENT, done)
     spans = by_name(exporter)
     assert set(spans) == ({name} if name else set())
@@ -125,8 +131,17 @@ def test_a_command_that_moves_kv_is_a_span_under_its_cause(
         assert span.parent is not None
         assert trace.format_trace_id(span.parent.trace_id) == PARENT.split("-")[1]
         assert (span.start_time, span.end_time) == (100, 400)
+        assert [(event.name, event.timestamp) for event in span.events] == [("taken", 150)]
         assert span.attributes is not None
         assert span.attributes["djinn.kv.bytes_per_second"] == pytest.approx(5e8)
+
+
+def test_a_command_that_the_front_refused_was_never_taken(
+    recorder: SpanRecorder, exporter: InMemorySpanExporter
+) -> None:
+    command = messages.Command("c", "s", messages.Restore(), received_ns=100)
+    recorder.command(command, PARENT, command_done(done_ns=400))
+    assert by_name(exporter)["kv.restore"].events == ()
 
 
 def test_nothing_is_recorded_if_nobody_listens() -> None:

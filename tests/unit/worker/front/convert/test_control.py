@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from djinn.v1 import control_service_pb2 as pb
@@ -48,9 +50,12 @@ def test_every_action_is_converted(fields: dict[str, object], action: messages.A
 
 def test_what_is_set_is_told_from_what_is_not() -> None:
     received = command(
-        close=pb.CloseAction(), expected_generation=0, scheduler_record=b"", deadline=WAKE
+        close=pb.CloseAction(),
+        expected_generation=0,
+        scheduler_record=b"",
+        timeout=Duration(seconds=5),
     )
-    converted = control.command(received, 0)
+    converted = control.command(received, 7)
     assert converted.expected_generation == 0
     assert converted.scheduler_record == b""
     assert converted.deadline_ns == 5_000_000_007
@@ -66,7 +71,9 @@ def test_what_is_set_is_told_from_what_is_not() -> None:
         ({"evict": pb.EvictAction(mode=99)}, "evict.mode"),  # type: ignore[arg-type]
         ({"open": pb.OpenAction(priority=101)}, "open.priority"),
         ({"set_hint": pb.SetHintAction(priority=-101)}, "set_hint.priority"),
-        ({"close": pb.CloseAction(), "deadline": Timestamp(seconds=2**62)}, "deadline"),
+        ({"close": pb.CloseAction(), "timeout": Duration()}, "timeout"),
+        ({"close": pb.CloseAction(), "timeout": Duration(seconds=-1)}, "timeout"),
+        ({"close": pb.CloseAction(), "timeout": Duration(seconds=2**62)}, "timeout"),
         (
             {"evict": pb.EvictAction(expected_wake_time=Timestamp(nanos=-1))},
             "evict.expected_wake_time",
@@ -77,6 +84,17 @@ def test_a_malformed_command_is_refused_by_field(fields: dict[str, object], fiel
     with pytest.raises(InvalidRequestError) as caught:
         control.command(command(**fields), 0)
     assert caught.value.metadata["field"] == field
+
+
+def test_a_mode_is_converted_flag_by_flag() -> None:
+    for name in ("write_through", "offload", "share_prefixes"):
+        welcome = pb.Welcome(mode=pb.WorkerMode(**{name: True}))
+        mode = messages.Mode(write_through=False, offload=False, share_prefixes=False)
+        assert control.set_mode(welcome).mode == msgspec.structs.replace(mode, **{name: True})
+
+
+def test_a_scheduler_that_says_no_mode_narrows_nothing() -> None:
+    assert control.set_mode(pb.Welcome()) == messages.SetMode(messages.Mode(True, True, True))
 
 
 def test_a_result_tells_what_was_moved_and_how_long_it_took() -> None:
