@@ -2,118 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import random
 from array import array
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
-from services.worker.engine.cuda_streams import CudaStream
-from services.worker.engine.kv_layout import KVLayout
-from services.worker.engine.model_loader import LoadedModel
-from services.worker.engine.model_runner import ModelRunner
-from services.worker.engine.models.any import ATTENTION_NAME, register_attention
+from services.worker.engine.model_runner import LaunchedStep
 from services.worker.engine.step import SampleRequest, SequenceSlice, StepPlan
 from services.worker.messages import SamplingParams
+from tests.support.gpu_models import BLOCK_SIZE, GREEDY, PROMPTS, generate, make, make_runner
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
-BLOCK_SIZE = 16
-SHAPE = {
-    "vocab_size": 640,
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "head_dim": 128,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.05,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}
-
-
-def make(kind: str, dtype: torch.dtype, **settings: object) -> LoadedModel:
-    register_attention()
-    config = getattr(transformers, kind + "Config")(**(SHAPE | settings))
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=ATTENTION_NAME
-    )
-    return LoadedModel(
-        model=model.cuda().eval(),
-        name=kind,
-        vocab_size=config.vocab_size,
-        max_context_length=1024,
-        eos_token_ids=(),
-        num_layers=config.num_hidden_layers,
-        num_query_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=128,
-        dtype=dtype,
-        device=torch.device("cuda", torch.cuda.current_device()),
-        fingerprint="",
-    )
-
-
-def make_runner(loaded: LoadedModel, **settings: object) -> ModelRunner:
-    """A runner over a pool of nothing but NaN."""
-    layout = KVLayout(
-        loaded.num_layers, BLOCK_SIZE, loaded.num_kv_heads, loaded.head_dim, loaded.dtype
-    )
-    pool = torch.full((256, layout.block_bytes), 0xFF, dtype=torch.uint8, device="cuda")
-    return ModelRunner(
-        loaded,
-        layout,
-        layout.view(pool),
-        CudaStream(loaded.device),
-        **settings,  # type: ignore[arg-type]
-    )
-
-
-def generate(
-    runner: ModelRunner, prompts: list[list[int]], count: int, params: SamplingParams
-) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
-    """Generates in chunks of random length beside each other; returns tokens and logits."""
-    rng = random.Random(5)
-    free = list(range(256))
-    rng.shuffle(free)
-    logs = [list(prompt) for prompt in prompts]
-    tables = [
-        array("i", [free.pop() for _ in range(-(-(len(log) + count) // BLOCK_SIZE))])
-        for log in logs
-    ]
-    computed = [0] * len(logs)
-    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
-    while any(len(log) < len(prompt) + count for log, prompt in zip(logs, prompts, strict=True)):
-        parts = []
-        for i, log in enumerate(logs):
-            if len(log) >= len(prompts[i]) + count:
-                continue
-            end = min(len(log), computed[i] + rng.choice([1, 5, 40, 200]))
-            wanted = SampleRequest(params, end, return_logits=True) if end == len(log) else None
-            parts.append((i, SequenceSlice(log[computed[i] : end], computed[i], tables[i], wanted)))
-        parts.sort(key=lambda item: len(item[1].token_ids) > 1)
-        result = runner.launch(StepPlan(tuple(part for _, part in parts))).result()
-        for (i, part), sample in zip(parts, result.samples, strict=True):
-            computed[i] += len(part.token_ids)
-            if sample is not None:
-                assert sample.logits is not None
-                logits[i].append(torch.frombuffer(bytearray(sample.logits), dtype=torch.float32))
-                logs[i].append(sample.token_id)
-    return [log[len(p) :] for log, p in zip(logs, prompts, strict=True)], logits
-
-
-PROMPTS = [[(11 * i + 7 * n) % 640 for i in range(n)] for n in (300, 33, 150, 2, 77, 1)]
-GREEDY = SamplingParams()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +94,48 @@ def test_steps_launched_ahead_of_each_other_give_the_same() -> None:
         for count, start, new in ((8, 0, 33), (3, 33, 1), (8, 33, 1), (1, 34, 9), (5, 34, 1))
     ]
     alone = [runner.launch(plan).result() for plan in plans]
-    ahead = [runner.launch(plan) for plan in plans]
-    assert [dataclasses.astuple(step.result()) for step in ahead] == [
-        dataclasses.astuple(result) for result in alone
-    ]
+    ahead = [step.result() for step in [runner.launch(plan) for plan in plans]]
+    assert [step.samples for step in ahead] == [step.samples for step in alone]
+    assert not any(step.failed for step in ahead + alone)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.8, top_k=40, seed=3)])
+def test_steps_that_follow_each_other_give_what_they_give_one_by_one(
+    params: SamplingParams,
+) -> None:
+    loaded = make("Llama", torch.bfloat16, num_key_value_heads=4)
+    runner = make_runner(loaded, max_running_sequences=8)
+    runner.warm_up()
+    count, length, new = 5, 20, 12
+    tables = [array("i", [2 * i, 2 * i + 1]) for i in range(count)]
+    prompts = StepPlan(
+        tuple(
+            SequenceSlice([i + 1] * length, 0, tables[i], SampleRequest(params, length))
+            for i in range(count)
+        )
+    )
+
+    def decodes(step: int, tokens: list[int] | None) -> StepPlan:
+        """Decodes of all, from these tokens or from those of the step before."""
+        place = length + step
+        return StepPlan(
+            tuple(
+                SequenceSlice(
+                    [0 if tokens is None else tokens[i]],
+                    place,
+                    tables[i],
+                    SampleRequest(params, place + 1),
+                    follows=i if tokens is None else None,
+                )
+                for i in range(count)
+            )
+        )
+
+    def tokens_of(step: LaunchedStep) -> list[int]:
+        return [sample.token_id for sample in step.result().samples if sample is not None]
+
+    alone = [tokens_of(runner.launch(prompts))]
+    for step in range(new):
+        alone.append(tokens_of(runner.launch(decodes(step, alone[-1]))))
+    ahead = [runner.launch(prompts), *(runner.launch(decodes(step, None)) for step in range(new))]
+    assert [tokens_of(step) for step in ahead] == alone

@@ -18,7 +18,7 @@ from services.common.errors import ConfigError, EngineLostError
 from services.common.session_token import SessionToken
 from services.common.status import error_from_rpc
 from services.common.telemetry import Telemetry
-from services.worker.front.app import Front
+from services.worker.front.app import HOST_POOL_HEALTH, Front
 from tests.support import fake_engine
 from tests.support.front import CONFIG, ENGINE, Running, request, serving, tokens_of
 
@@ -26,9 +26,9 @@ SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.S
 NOT_SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
-async def health_watch(worker: Running) -> Any:
+async def health_watch(worker: Running, service: str = "djinn.v1.InferenceService") -> Any:
     stub: Any = health_pb2_grpc.HealthStub(worker.channel)  # its types know no Watch
-    return stub.Watch(health_pb2.HealthCheckRequest(service="djinn.v1.InferenceService"))
+    return stub.Watch(health_pb2.HealthCheckRequest(service=service))
 
 
 @pytest.fixture
@@ -195,6 +195,15 @@ async def test_a_dead_engine_fails_every_request_and_ends_the_front(
             await call.read()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert await worker.task == 1
+
+
+async def test_the_host_pool_is_healthy_once_the_engine_reports_all_of_it() -> None:
+    async with serving() as worker:
+        watch = await health_watch(worker, HOST_POOL_HEALTH)
+        heard = [await watch.read()]
+        while heard[-1] != SERVING:
+            heard.append(await watch.read())
+        assert heard in ([SERVING], [NOT_SERVING, SERVING])
 
 
 async def test_draining_lets_running_requests_end_and_refuses_new_ones() -> None:
