@@ -74,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     policy.add_argument(
         "--policy",
         metavar="NAME",
-        help="a policy by name; overrides --enable-semantic-scheduler "
-        "(default: semantic with it, reactive-lru without)",
+        help="a policy by name (default: semantic with --enable-semantic-scheduler, reactive-lru "
+        "without)",
     )
     policy.add_argument(
         "--idle-threshold-seconds",
@@ -163,10 +163,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def policy_name(args: argparse.Namespace) -> str:
-    """Returns the policy that the flags ask for."""
-    if args.policy is not None:
-        return str(args.policy)
-    return "semantic" if args.enable_semantic_scheduler else "reactive-lru"
+    """Returns the policy that the flags ask for.
+
+    Raises:
+        ConfigError: They ask for two.
+    """
+    if args.policy is None:
+        return "semantic" if args.enable_semantic_scheduler else "reactive-lru"
+    if args.enable_semantic_scheduler and args.policy != "semantic":
+        raise ConfigError(f"--policy {args.policy}: contradicts --enable-semantic-scheduler")
+    return str(args.policy)
 
 
 def scheduler_arguments(args: argparse.Namespace, port: int) -> list[str]:
@@ -254,9 +260,10 @@ async def run_server(args: argparse.Namespace, stop: asyncio.Event) -> int:
         The exit code.
 
     Raises:
-        ConfigError: A port is taken or the GPU is not there.
+        ConfigError: A port is taken, the GPU is not there, or flags contradict each other.
     """
     setup_logging(args.log_level)
+    policy = policy_name(args)
     check_ports(args)
     device = args.device
     if device is None:
@@ -296,7 +303,7 @@ async def run_server(args: argparse.Namespace, stop: asyncio.Event) -> int:
         return await worker.run()
 
     runs = {asyncio.create_task(scheduler.run()), asyncio.create_task(run_worker())}
-    announcing = asyncio.create_task(_announce(args, reached, scheduler, worker))
+    announcing = asyncio.create_task(_announce(args, policy, reached, scheduler, worker))
     stopping = asyncio.create_task(stop.wait())
     tasks = {*runs, announcing, stopping}
     try:
@@ -329,7 +336,7 @@ async def _stop_in_order(*supervisors: Supervisor) -> None:
 
 
 async def _announce(
-    args: argparse.Namespace, host: str, scheduler: Supervisor, worker: Supervisor
+    args: argparse.Namespace, policy: str, host: str, scheduler: Supervisor, worker: Supervisor
 ) -> None:
     """Says that Djinn is ready, once both serve and know each other."""
     while True:
@@ -345,7 +352,7 @@ async def _announce(
             await asyncio.sleep(_RETRY_S)
             continue
         break
-    echo(f"agents connect to {endpoint} (model {args.model}, policy {policy_name(args)})")
+    echo(f"agents connect to {endpoint} (model {args.model}, policy {policy})")
     echo(READY_LINE)
 
 

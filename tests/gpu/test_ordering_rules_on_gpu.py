@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from services.worker.engine.block_manager import BlockManager
+from services.worker.engine.slot_reuse import SlotReuse
 from services.worker.engine.streams import Event
 from services.worker.engine.transfer import Priority
 from tests.support.held_stream import HeldStream
@@ -181,7 +181,7 @@ def _without_waits(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 def _without(
     method: str, instead: Callable[[object], bool]
 ) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(BlockManager, method, staticmethod(instead))
+    return lambda patch: patch.setattr(SlotReuse, method, staticmethod(instead))
 
 
 RULES: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None]]] = [

@@ -52,11 +52,21 @@ def test_the_seeds_command_means_what_the_seed_says() -> None:
         ("", "reactive-lru"),
         ("--enable-semantic-scheduler", "semantic"),
         ("--policy semantic", "semantic"),
-        ("--enable-semantic-scheduler --policy reactive-lru", "reactive-lru"),
+        ("--enable-semantic-scheduler --policy semantic", "semantic"),
+        ("--policy reactive-recompute", "reactive-recompute"),
     ],
 )
 def test_the_policy(line: str, policy: str) -> None:
     assert scheduler_config(line).policy == policy
+
+
+async def test_two_policies_end_the_server_before_it_starts_anything() -> None:
+    line = "--enable-semantic-scheduler --policy static"
+
+    with pytest.raises(
+        ConfigError, match=r"^--policy static: contradicts --enable-semantic-scheduler$"
+    ):
+        await server.run_server(parse(line), asyncio.Event())
 
 
 def test_what_is_not_said_is_left_to_the_programs() -> None:

@@ -93,6 +93,8 @@ class Batcher:
         self.preemptions = 0
         # Running, but the loads of their blocks may not have ended.
         self._early: set[Session] = set()
+        # One that runs found no room for its next tokens when last asked.
+        self._short = False
         self._mover = mover
         self._blocks = mover.blocks
         self._room = room
@@ -137,7 +139,7 @@ class Batcher:
                 continue
             self.waiting.remove(session)
             self.running.append(session)
-        self._room.owed = barred
+        self._room.owed = barred or (self._short and bool(self.running))
 
     def admit_early(self, is_soon: Callable[[float], bool]) -> None:
         """Lets the first request whose loads are about to end run, if nobody else does.
@@ -206,6 +208,7 @@ class Batcher:
             previous: The batch launched last, if its step is not collected yet.
         """
         self.running.sort(key=service_order)
+        self._short = False
         counts = [(session, session.computable) for session in self.running]
         decodes = [(session, count) for session, count in counts if count == 1]
         prompts = [(session, count) for session, count in counts if count > 1]
@@ -218,6 +221,7 @@ class Batcher:
                 continue  # preempted for one before it
             count = min(most, budget)
             if not self._reserve(session, count, chosen):
+                self._short = self._room.owed = True
                 continue
             chosen.append((session, count))
             budget -= count

@@ -156,10 +156,9 @@ class BlockManager:
         need = self.blocks_for(tokens) - len(table.blocks)
         if need > self.available_device():
             return False
-        for _ in range(need):
-            slot = self._reuse.take_device()
-            table.blocks.append(Block(device=slot, refs=1, holders=1))
-            table.slots.append(slot)
+        slots = self._reuse.take_device(need)
+        table.blocks.extend(Block(device=slot, refs=1, holders=1) for slot in slots)
+        table.slots.extend(slots)
         return True
 
     def advance(self, table: BlockTable, tokens: int) -> list[Block]:
@@ -278,32 +277,32 @@ class BlockManager:
         table.held = True
         missing: list[Block] = []
         others: dict[CopyTicket, None] = {}
-        # First all that are still there, lest they be reused for those that are not.
         for block in table.blocks:
             block.holders += 1
             if block.device is None:
                 missing.append(block)
                 continue
+            # Before slots are taken for the missing ones, lest it be this one's.
+            self._reuse.device.unrank(block)
             if block.load is not None:
                 others[block.load] = None
-        self._reuse.settle(table.blocks)
         ticket = self._load(missing) if missing else None
+        self._reuse.settle(table.blocks)
         table.slots = array("i", [b.device for b in table.blocks if b.device is not None])
         return Hold(len(table.blocks) - len(missing), ticket, tuple(others))
 
     def _load(self, blocks: Sequence[Block]) -> CopyTicket:
-        """Gives blocks that are held, and on the host only, device slots to be loaded into."""
-        copies, slots = [], []
-        for block in blocks:
+        """Gives blocks of the host device slots to be loaded into; the caller settles them."""
+        slots = self._reuse.take_device(len(blocks))
+        copies = []
+        for block, slot in zip(blocks, slots, strict=True):
             assert block.host is not None
-            block.device = slot = self._reuse.take_device()
-            slots.append(slot)
+            block.device = slot
             copies.append(BlockCopy(block, slot, block.host, block.stored_tokens))
         fences = self._reuse.device.fences(slots)
         ticket = CopyTicket(Direction.LOAD, tuple(copies), fences)
         for block in blocks:
             block.load = ticket
-        self._reuse.settle(blocks)
         return ticket
 
     def unhold(self, table: BlockTable) -> None:

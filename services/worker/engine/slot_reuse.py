@@ -119,20 +119,21 @@ class SlotReuse:
 
     # --- handing slots out -----------------------------------------------------------------------
 
-    def take_device(self) -> int:
-        """Returns a device slot; the caller has checked that there is one."""
-        if self.device.free:
-            return heapq.heappop(self.device.free)
-        block = self.device.pop_ranked()
-        slot = block.device
-        assert slot is not None
-        block.device = None
-        if block.host is not None and not block.clean:
-            # Nobody references it, and half a copy is worth nothing.
-            self.host.give_back(block)
-        self._forget_if_nowhere(block)
-        self.settle((block,))
-        return slot
+    def take_device(self, count: int) -> list[int]:
+        """Returns device slots; the caller has checked that there are as many."""
+        free = self.device.free
+        slots = [heapq.heappop(free) for _ in range(min(count, len(free)))]
+        robbed = [self.device.pop_ranked() for _ in range(count - len(slots))]
+        for block in robbed:
+            assert block.device is not None
+            slots.append(block.device)
+            block.device = None
+            if block.host is not None and not block.clean:
+                # Nobody references it, and half a copy is worth nothing.
+                self.host.give_back(block)
+            self._forget_if_nowhere(block)
+        self.settle(robbed)
+        return slots
 
     def take_host(self, *, give_up_copies: bool) -> int | None:
         """Returns a host slot; None if none is free or spare.

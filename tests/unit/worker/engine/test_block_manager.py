@@ -253,3 +253,73 @@ def test_host_slots_come_as_they_are_pinned() -> None:
     assert ticket is not None
     assert [copy.host for copy in ticket.copies] == [0]
     blocks.check_integrity([table], [ticket])
+
+
+def test_half_a_host_copy_is_freed_with_the_block_that_nobody_references() -> None:
+    blocks = manager(device=2, host=2)
+    table = filled(blocks, 2)
+    stored(blocks, table)
+    blocks.advance(table, SIZE)
+    blocks.publish(table, 0, b"hash")
+    blocks.drop(table)
+    other = filled(blocks, 2 * SIZE)
+    assert (blocks.free_host(), blocks.available_host()) == (2, 2)
+    blocks.check_integrity([table, other])
+
+
+def test_who_was_taken_back_and_let_go_again_is_reused_after_who_was_not() -> None:
+    blocks = manager(device=4)
+    first, second = filled(blocks, 2 * SIZE), filled(blocks, 2 * SIZE)
+    for table in (first, second):
+        stored(blocks, table)
+        blocks.unhold(table)
+    blocks.hold(first)
+    blocks.unhold(first)
+    filled(blocks, SIZE)
+    assert [block.device is None for block in second.blocks] == [True, False]
+    filled(blocks, 2 * SIZE)
+    assert [block.device is None for block in first.blocks] == [True, False]
+
+
+def test_a_hold_waits_for_what_another_s_load_brings() -> None:
+    blocks = manager()
+    first = filled(blocks, 2 * SIZE)
+    blocks.publish(first, 0, b"hash")
+    stored(blocks, first)
+    blocks.unhold(first)
+    blocks.release_device(first)
+    second = BlockTable()
+    blocks.match(second, [b"hash"], SIZE)
+    bringing = blocks.hold(first)
+    assert bringing is not None
+    assert bringing.ticket is not None
+    hold = blocks.hold(second)
+    assert hold is not None
+    assert (hold.resident_blocks, hold.ticket, hold.others) == (1, None, (bringing.ticket,))
+    blocks.check_integrity([first, second], [bringing.ticket])
+
+
+def test_events_of_touched_slots_are_asked_once_each() -> None:
+    class Fence:
+        asked = 0
+
+        def query(self) -> bool:
+            self.asked += 1
+            return False
+
+        def synchronize(self) -> None:
+            raise AssertionError("nothing waits")
+
+        def reached_ns(self) -> int:
+            raise AssertionError("not reached")
+
+    blocks = manager()
+    table = filled(blocks, 4 * SIZE)
+    stored(blocks, table)
+    blocks.fence = fence = Fence()
+    blocks.unhold(table)
+    blocks.release_device(table)
+    hold = blocks.hold(table)
+    assert hold is not None
+    assert hold.ticket is not None
+    assert (hold.ticket.after, fence.asked) == ((fence,), 1)

@@ -20,12 +20,14 @@ from services.worker.messages import (
     Drop,
     Evict,
     EvictMode,
+    Mode,
     Open,
     Prefetch,
     Restore,
     SessionEvent,
     SessionEventKind,
     SetHint,
+    SetMode,
     StopAt,
 )
 from tests.support.engine_harness import BLOCK, POISON, VOCAB, EngineHarness, continuation
@@ -38,6 +40,7 @@ ACTIONS: st.SearchStrategy[Action] = st.one_of(
     st.builds(SetHint, expected_wake_ns=st.integers(0, 9)),
     st.sampled_from([Restore(), Restore(), Prefetch(), Drop(), Close()]),
 )
+MODES = st.builds(Mode, st.booleans(), st.booleans(), st.booleans())
 STREAMS = st.sampled_from(["compute", "load", "store"])
 
 
@@ -96,6 +99,10 @@ class MemoryMachine(RuleBasedStateMachine):
     def change_the_pace(self, ahead: bool) -> None:
         self.harness.clock.ahead = ahead
 
+    @rule(mode=MODES)
+    def change_the_mode(self, mode: Mode) -> None:
+        self.harness.engine.handle(SetMode(mode))
+
     @rule(name=NAMES, keep=st.integers(0, 40), append=TOKENS, count=st.integers(1, 6))
     def generate_from_a_cut_context(
         self, name: str, keep: int, append: list[int], count: int
@@ -132,9 +139,21 @@ class MemoryMachine(RuleBasedStateMachine):
                 self.closed_requests.add(self.running[name][0])
 
     @rule()
-    def restore_everybody(self) -> None:
-        for name in sorted(self.harness.engine.sessions):
+    def wake_more_than_fit(self) -> None:
+        self.come_to_rest()
+        names = "abc"
+        self.every_generation_is_its_context_continued()
+        for name in names:
+            # Four blocks, and none of them another's.
+            self._submit(name, [], [ord(name)] * (3 * BLOCK + 1), 1, full_context=[])
+        self.come_to_rest()
+        self.every_generation_is_its_context_continued()
+        for name in names:
+            self.command(name, Evict(EvictMode.RELEASE))
+        self.come_to_rest()
+        for name in names:
             self._restore(name)
+        self.come_to_rest()
 
     @rule()
     def turn(self) -> None:
@@ -222,6 +241,7 @@ class MemoryMachine(RuleBasedStateMachine):
             self.every_generation_is_its_context_continued()
             assert not self.running
             # Each wake that is put off lets one restore more have its room.
+            self.awake.clear()
             for _ in self.harness.engine.sessions:
                 for session in self.harness.engine.sessions.values():
                     session.awaited_until_ns = 0

@@ -88,7 +88,7 @@ def test_a_mode_does_not_widen_what_the_worker_was_told_at_its_start() -> None:
 
 
 def test_without_offload_an_eviction_forgets(stage: Stage) -> None:
-    stage.tell(write_through=True, offload=False, share_prefixes=False)
+    stage.tell(offload=False, share_prefixes=False)
     log = PROMPT + stage.serve("a", PROMPT)
     stage.evict("a")
     assert stage.session("a").kv.blocks == []
@@ -203,22 +203,23 @@ def test_stores_under_way_end_and_no_more_begin(stage: Stage) -> None:
     assert stage.counters.stores == stores
 
 
-def test_without_sharing_nobody_finds_anothers_blocks_nor_its_own(stage: Stage) -> None:
-    stage.tell(write_through=True, offload=True, share_prefixes=False)
-    for name in "ab":
-        assert stage.serve(name, PROMPT) == continuation(PROMPT, 3)
-    assert not set(stage.session("a").kv.blocks) & set(stage.session("b").kv.blocks)
-    stage.tell()
-    # Nothing was published meanwhile.
-    assert stage.serve("c", PROMPT) == continuation(PROMPT, 3)
+def test_without_sharing_nothing_is_looked_up_and_nothing_published(stage: Stage) -> None:
+    other = PROMPT[::-1]
+    stage.serve("published", PROMPT)
+    stage.tell(share_prefixes=False)
+    assert stage.serve("a", PROMPT) == continuation(PROMPT, 3)
+    stage.serve("unpublished", other)
     assert stage.counters.prefix_hit_tokens == 0
-    assert stage.serve("d", PROMPT) == continuation(PROMPT, 3)
+    stage.tell()
+    assert stage.serve("b", other) == continuation(other, 3)
+    assert stage.counters.prefix_hit_tokens == 0
+    assert stage.serve("c", PROMPT) == continuation(PROMPT, 3)
     assert stage.counters.prefix_hit_tokens == 2 * BLOCK
 
 
 def test_what_is_shared_already_stays_shared(stage: Stage) -> None:
     logs = {name: PROMPT + stage.serve(name, PROMPT) for name in "ab"}
-    stage.tell(write_through=True, offload=False, share_prefixes=False)
+    stage.tell(offload=False, share_prefixes=False)
     assert stage.session("a").kv.blocks[0] is stage.session("b").kv.blocks[0]
     stage.evict("a")
     for name, log in logs.items():

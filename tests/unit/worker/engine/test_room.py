@@ -158,23 +158,30 @@ def test_a_restore_whose_session_got_a_request_meanwhile_moves_nothing(
     assert (result.error, result.moved_blocks) == (None, 0)
 
 
-def test_a_request_is_not_robbed_by_restores_while_it_waits_for_room(
+def test_a_request_is_not_robbed_by_commands_while_it_waits_for_room(
     engine: EngineHarness,
 ) -> None:
-    running = engine.submit("x", [7] * (5 * BLOCK), max_tokens=6)
+    engine.submit("big", [8] * (4 * BLOCK + 1), max_tokens=1)
+    run_to_rest(engine)
+    evict(engine, "big")
+    engine.submit("x", [7] * (2 * BLOCK), max_tokens=BLOCK)
     engine.turn()
-    request = engine.submit("a", [3], max_tokens=1)
+    request = engine.submit("big", [3], max_tokens=1)  # five blocks, and four are not x's
     engine.turn()
-    for name in "bc":
-        engine.command(name, Restore())
-    while engine.generation(request).finished is None:
-        assert held(engine)[:1] in ("", "a")
+    engine.command("b", Restore())
+    refused = engine.command("c", Prefetch())
+    while not engine.session("big").kv.held:
+        assert held(engine) == ""
         for stream in engine.streams.values():
             assert isinstance(stream, ManualStream)
             stream.run(1)
         engine.turn()
-    assert engine.generation(running).finished is not None
     run_to_rest(engine)
+    assert engine.generation(request).finished is not None
+    assert held(engine) == "b"
+    error = done(engine, refused).error
+    assert error is not None
+    assert error.reason == "EXHAUSTED"
 
 
 def test_a_prefetched_session_is_not_taken_for_a_restore(engine: EngineHarness) -> None:
