@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.slot_reuse import SlotReuse
 from services.worker.engine.streams import Event
 from services.worker.engine.transfer import Priority
@@ -179,16 +180,16 @@ def _without_waits(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _without(
-    method: str, instead: Callable[[object], bool]
+    owner: type, method: str, instead: Callable[[object], bool]
 ) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(SlotReuse, method, staticmethod(instead))
+    return lambda patch: patch.setattr(owner, method, staticmethod(instead))
 
 
 RULES: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None]]] = [
     (rule_1_a_store_waits_for_the_compute_that_wrote_the_block, _without_waits("store")),
     (
         rule_2_compute_reads_a_restored_block_only_after_its_load,
-        _without("loaded", lambda _: True),
+        _without(BlockManager, "loaded", lambda _: True),
     ),
     (
         rule_2_compute_reads_layers_that_are_being_loaded_only_after_them,
@@ -196,19 +197,19 @@ RULES: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None]]] = [
     ),
     (
         rule_3_a_device_block_is_not_handed_out_while_a_store_reads_it,
-        _without("_store_reads_device", _never),
+        _without(SlotReuse, "_store_reads_device", _never),
     ),
     (
         rule_4_a_device_block_is_not_handed_out_while_a_load_writes_it,
-        _without("_load_writes_device", _never),
+        _without(SlotReuse, "_load_writes_device", _never),
     ),
     (
         rule_5_a_host_block_is_not_handed_out_while_a_load_reads_it,
-        _without("_load_reads_host", _never),
+        _without(SlotReuse, "_load_reads_host", _never),
     ),
     (
         rule_6_a_host_block_is_not_handed_out_while_a_store_writes_it,
-        _without("_store_writes_host", _never),
+        _without(SlotReuse, "_store_writes_host", _never),
     ),
     (
         rule_7_a_load_writes_a_device_block_only_after_the_last_step_that_touches_it,
