@@ -217,12 +217,15 @@ class Admission:
             return f"{live} sessions are open and the limit is {limits.max_sessions}", queue_s
         reason = next((room.reason for room in rooms if room.reason), "")
         if sum(room.sessions for room in rooms) < len(ahead) + 1:
+            reason = reason or f"{len(ahead)} wait before it"
             return f"the workers are full: {reason}", queue_s
         wanted = sum(other.work_tokens for other in ahead) + applicant.work_tokens
-        short = wanted - sum(room.tokens for room in rooms)
+        room_tokens = sum(room.tokens for room in rooms)
+        short = wanted - room_tokens
         # A prompt that is longer than all the room there ever is comes when it is the first.
         alone = not ahead and any(room.sessions >= 1 and not room.reason for room in rooms)
         if short <= 0 or alone:
             return "", 0.0
         speed = sum(room.tokens_per_s for room in rooms)
+        reason = reason or f"{wanted} tokens of new prompts, and room for {room_tokens:.0f}"
         return f"the workers are busy: {reason}", short / speed if speed else queue_s

@@ -128,6 +128,17 @@ def test_prompts_are_let_in_as_fast_as_they_are_computed():
     assert house.knock("behind", 1.0, [Room(tokens=2000, reason="busy")], tokens=500) is None
 
 
+def test_who_stands_in_the_way_is_named_where_the_workers_give_no_reason():
+    house = House()
+    assert house.knock("long", 0.0, [Room(tokens=1000, reason="busy")], tokens=1500) is not None
+    behind = house.knock("behind", 0.0, [Room(tokens=1000)], tokens=500)
+    assert behind is not None
+    assert "the workers are busy: 2000 tokens of new prompts, and room for 1000;" in behind.message
+    behind = house.knock("behind", 0.0, [Room(sessions=1)], tokens=500)
+    assert behind is not None
+    assert "the workers are full: 1 wait before it;" in behind.message
+
+
 def test_several_workers_have_room_together():
     house = House()
     assert house.knock("a", 0.0, [FULL, Room(sessions=1)]) is None
