@@ -28,9 +28,6 @@ MOST_RETRY_S = 30.0
 ANY_TENANT = "*"
 """In quotas: each tenant that is not named."""
 
-ASSUMED_TOKENS = 512
-"""What a first prompt of unknown length is counted for."""
-
 _RATE_MEMORY = 0.9
 
 
@@ -62,7 +59,7 @@ class Applicant:
 
     Attributes:
         session_id: Names the ticket.
-        tokens: Of the first prompt; 0: unknown.
+        tokens: That its first prompt is counted for.
     """
 
     session_id: str
@@ -70,11 +67,6 @@ class Applicant:
     priority: int = 0
     model: str = ""
     tokens: int = 0
-
-    @property
-    def work_tokens(self) -> int:
-        """What its prompt is counted for."""
-        return self.tokens or ASSUMED_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +211,7 @@ class Admission:
         if sum(room.sessions for room in rooms) < len(ahead) + 1:
             reason = reason or f"{len(ahead)} wait before it"
             return f"the workers are full: {reason}", queue_s
-        wanted = sum(other.work_tokens for other in ahead) + applicant.work_tokens
+        wanted = sum(other.tokens for other in ahead) + applicant.tokens
         room_tokens = sum(room.tokens for room in rooms)
         short = wanted - room_tokens
         # A prompt that is longer than all the room there ever is comes when it is the first.

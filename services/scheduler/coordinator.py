@@ -19,7 +19,7 @@ from services.common.errors import (
     UnknownSessionError,
 )
 from services.common.session_token import SessionToken
-from services.scheduler.admission import ASSUMED_TOKENS, Admission, Applicant, Limits
+from services.scheduler.admission import Admission, Applicant, Limits
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.domain import Action, Phase
@@ -177,7 +177,7 @@ class Coordinator:
             request.tenant_id,
             request.priority,
             request.model,
-            request.expected_tokens,
+            request.expected_tokens or self.registry.typical_prompt_tokens(),
         )
         self.admission.admit(applicant, [self.policy.room(worker) for worker in serving], now_s)
 
@@ -251,7 +251,7 @@ class Coordinator:
         """Notes that a session's worker will have a prompt to compute; 0 tokens: unknown length."""
         worker = self.registry.connected(session.worker_id)
         if worker is not None:
-            worker.prompts.begin(session.session_id, tokens or ASSUMED_TOKENS, now_s)
+            worker.prompts.begin(session.session_id, tokens or worker.prompts.typical_tokens, now_s)
             self.registry.changed(worker)
 
     def close_session(self, session_id: str, now_s: float, *, expired: bool = False) -> None:

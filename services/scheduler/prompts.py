@@ -5,6 +5,11 @@ from __future__ import annotations
 PATIENCE_S = 10.0
 """How long a session that was let in is waited for to send its prompt."""
 
+ASSUMED_TOKENS = 512
+"""What a first prompt of unknown length is counted for before any has been seen."""
+
+_MEMORY = 0.1
+
 
 class Prompts:
     """Tokens to prefill, by session.
@@ -14,12 +19,16 @@ class Prompts:
 
     Attributes:
         tokens: Of all together.
+        typical_tokens: What a first prompt of unknown length is counted for: the mean of those
+            seen, of late ones above all.
     """
 
-    __slots__ = ("_by_session", "tokens")
+    __slots__ = ("_by_session", "_first_seen", "tokens", "typical_tokens")
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.typical_tokens = ASSUMED_TOKENS
+        self._first_seen = 0
         self._by_session: dict[str, tuple[int, float, bool]] = {}
 
     def begin(self, session_id: str, tokens: int, now_s: float) -> None:
@@ -28,11 +37,22 @@ class Prompts:
         self._by_session[session_id] = (tokens, now_s, False)
         self.tokens += tokens
 
-    def started(self, session_id: str) -> None:
-        """Notes that a session's prompt has arrived, so that it is no longer waited for."""
+    def started(self, session_id: str, first_tokens: int = 0) -> None:
+        """Notes that a session's prompt has arrived, so that it is no longer waited for.
+
+        Args:
+            session_id: Whose.
+            first_tokens: How long it is, if it is the session's first; 0: it is not.
+        """
+        if first_tokens:
+            self._first_seen += 1
+            weight = max(_MEMORY, 1 / self._first_seen)
+            self.typical_tokens += round(weight * (first_tokens - self.typical_tokens))
         entry = self._by_session.get(session_id)
         if entry is not None:
-            self._by_session[session_id] = (entry[0], entry[1], True)
+            tokens = first_tokens or entry[0]
+            self.tokens += tokens - entry[0]
+            self._by_session[session_id] = (tokens, entry[1], True)
 
     def computed(self, tokens: int) -> None:
         """Notes that the worker has computed so many, of those that have arrived the oldest."""

@@ -10,7 +10,7 @@ from typing import Protocol
 from services.common.errors import UnknownWorkerError
 from services.scheduler.domain import Command, Counters, Hello, PoolState, Report
 from services.scheduler.policy.view import WorkerView
-from services.scheduler.prompts import Prompts
+from services.scheduler.prompts import ASSUMED_TOKENS, Prompts
 
 _RECOMPUTE_MEMORY_S = 5.0
 _SPEED_MEMORY_S = 600.0
@@ -193,6 +193,15 @@ class Registry:
     def views(self) -> Mapping[str, WorkerView]:
         """The connected workers as a policy sees them."""
         return self._views
+
+    def typical_prompt_tokens(self) -> int:
+        """Returns what a first prompt of unknown length is counted for, wherever it goes."""
+        typical = [
+            worker.prompts.typical_tokens
+            for worker in self._workers.values()
+            if worker.link is not None
+        ]
+        return sum(typical) // len(typical) if typical else ASSUMED_TOKENS
 
     def connect(self, hello: Hello, link: Link, now_s: float) -> tuple[WorkerState, bool]:
         """Takes in a worker that has connected.

@@ -98,7 +98,7 @@ class WorkerEvents:
             session = self._adopt(worker, snapshot, now_s, take=event.kind in _PLACING)
             if session is None:
                 return
-        self._learn(worker, session, event.kind, now_s)
+        self._learn(worker, session, event, now_s)
         session.observe(snapshot)
         if event.kind is EventKind.GENERATE_FINISHED:
             session.failures = 0
@@ -108,13 +108,19 @@ class WorkerEvents:
         if cause is not None:
             self._do.decide(session, cause, now_s)
 
-    def _learn(self, worker: WorkerState, session: Session, kind: EventKind, now_s: float) -> None:
+    def _learn(
+        self, worker: WorkerState, session: Session, event: SessionEvent, now_s: float
+    ) -> None:
         """Takes in what an event says of prefetches, of a silent client, and of the prompts."""
         whereabouts = self._do.whereabouts
         silent = session.phase is Phase.OPEN
-        match kind:
+        match event.kind:
             case EventKind.GENERATE_STARTED:
-                worker.prompts.started(session.session_id)
+                if session.last_generate_s is None:
+                    worker.prompts.started(session.session_id, event.session.context_length)
+                    self._registry.changed(worker)
+                else:
+                    worker.prompts.started(session.session_id)
                 if silent and session.last_generate_s is not None:
                     silence_s = now_s - session.last_generate_s
                     self._predictor.learn_silence(silence_s, session.forecast)

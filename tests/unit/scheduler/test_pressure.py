@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from services.common.errors import ExhaustedError
@@ -223,6 +225,19 @@ def test_prompts_let_in_at_once_are_limited_and_go_on_as_they_are_computed():
     agents.report(T0 + 1.1, free=50, prefilled_tokens=1000)
     opened = agents.coordinator.open_session(OpenRequest("c", expected_tokens=1000), T0 + 1.1)
     assert opened.session_id == "c"
+
+
+def test_prompts_of_unknown_length_are_taken_to_be_as_long_as_those_before():
+    agents = Agents(policy_options=PolicyOptions(backlog_s=1.0))
+    agents.report(T0, free=100)
+    agents.coordinator.open_session(OpenRequest("a"), T0)
+    with pytest.raises(ExhaustedError, match="the workers are busy: 512 tokens"):
+        agents.coordinator.open_session(OpenRequest("b"), T0)
+    agents.worker.work(T0)
+    agents.worker.sessions["a"] = replace(agents.worker.sessions["a"], context_length=50)
+    agents.worker.start_generate("a", T0 + 0.1)
+    for name in "bcdef":
+        agents.coordinator.open_session(OpenRequest(name), T0 + 0.2)
 
 
 def test_an_overload_of_minutes_is_over_soon_after_the_load_drops():
